@@ -1,0 +1,35 @@
+# Two commands matter: `make serve` and `make test`. Both make the same environment first; the second run installs nothing.
+.PHONY: serve test check format demo clean
+.DEFAULT_GOAL := serve
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+BIN := $(VENV)/bin
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Punchline needs Python 3.11 or 3.12; name it with: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+serve: $(VENV)/.installed  ## serve the demo model, or whatever PUNCHLINE_MODEL names, on 127.0.0.1:8000
+	@exec $(BIN)/punchline serve $(ARGS)
+
+test: check  ## format, lint, types, tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## put the code into its one form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+demo: $(VENV)/.installed  ## draw, teach and train the bundled demo model again
+	$(BIN)/python -m training.demo --out app/demo
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

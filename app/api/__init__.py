@@ -1,0 +1,68 @@
+"""The HTTP interface: builds the ASGI application around a service."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.routing import Route
+
+from app import __version__
+from app.api.card import Card
+from app.api.middleware import PUBLIC_PATHS, Envelope, exchange_of, refuse
+from app.api.routes import Routes
+from app.api.schemas import CompareRequest, RankRequest, ScoreRequest, json_schema
+from app.errors import ApiError, MethodNotAllowed, NotFound, RequestError
+from app.metrics import Metrics
+from app.service import ScoringService
+from app.settings import Settings
+
+
+def create_app(service: ScoringService, settings: Settings, card: Card, metrics: Metrics) -> FastAPI:
+    """The application; opening and closing what it uses is the caller's business."""
+    app = FastAPI(title="Punchline", version=__version__, description="Preference scores for captions.", redirect_slashes=False)
+    router = Routes(service, settings, card).router()
+    paths = frozenset(route.path for route in (*app.routes, *router.routes) if isinstance(route, Route))
+    app.include_router(router)
+    app.add_middleware(
+        Envelope,
+        fingerprint=card.fingerprint,
+        api_keys=settings.api_keys,
+        metrics=metrics,
+        paths=paths,
+        public_paths=PUBLIC_PATHS | ({"/metrics"} if settings.public_metrics else set()),
+    )
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, ApiError):
+        raise error
+    return refuse(error, exchange_of(request.scope))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405 in our shape."""
+    if not isinstance(error, HTTPException):
+        raise error
+    headers = dict(error.headers or {})
+    if error.status_code == MethodNotAllowed.status:
+        return refuse(MethodNotAllowed("method not allowed", headers=headers), exchange_of(request.scope))
+    if error.status_code == NotFound.status:
+        return refuse(NotFound("no such route"), exchange_of(request.scope))
+    return refuse(RequestError("bad request", headers=headers), exchange_of(request.scope))
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's schema plus the request models, which the routes read themselves."""
+    if app.openapi_schema is None:
+        schema = FastAPI.openapi(app)
+        components = schema.setdefault("components", {}).setdefault("schemas", {})
+        components |= json_schema(ScoreRequest, CompareRequest, RankRequest)
+        app.openapi_schema = schema
+    return app.openapi_schema

@@ -1,0 +1,173 @@
+"""One ASGI layer around every route: request id, authentication, headers of every answer, metrics, the last catch."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.answers import error_answer
+from app.errors import ApiError, Unauthorized
+from app.metrics import Metrics
+from app.service import Timing
+
+log = logging.getLogger("punchline.http")
+PUBLIC_PATHS = frozenset({"/livez", "/readyz"})
+SCORING_ROUTES = frozenset({"/score", "/compare", "/rank"})
+UNMATCHED = "_unmatched"
+CLIENT_GONE = 499  # nginx's number for it; nothing is sent, only counted
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "OPTIONS"})
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What one request carries from this layer to its route and back."""
+
+    request_id: str
+    timing: Timing
+    began: float
+    route: str = UNMATCHED
+    status: int = 500
+    started: bool = False
+    error_code: str | None = None
+
+
+class Envelope:
+    """Wraps the application. A route is closed unless its path is on the public list.
+
+    `paths` are the application's routes: metrics name these and nothing else that a client may ask for.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        fingerprint: str,
+        api_keys: Iterable[str],
+        metrics: Metrics,
+        paths: frozenset[str],
+        public_paths: frozenset[str] = PUBLIC_PATHS,
+    ) -> None:
+        self._app = app
+        self._fingerprint = fingerprint
+        self._keys = [key.encode() for key in api_keys]
+        self._metrics = metrics
+        self._paths = paths
+        self._public_paths = public_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        route = scope["path"] if scope["path"] in self._paths else UNMATCHED
+        exchange = Exchange(_request_id(Headers(scope=scope)), Timing(), time.monotonic(), route)
+        scope.setdefault("state", {})["exchange"] = exchange
+        with self._metrics.http_active.labels(route).track_inprogress():
+            try:
+                await self._answer(scope, receive, self._signing(send, exchange), exchange)
+            finally:
+                self._count(scope["method"], exchange)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
+        answer: Response
+        try:
+            self._authorize(scope)
+            await self._app(scope, receive, send)
+            return
+        except ApiError as error:
+            answer = refuse(error, exchange)
+        except ClientDisconnect:
+            exchange.status = CLIENT_GONE
+            return
+        except asyncio.CancelledError:
+            exchange.status = CLIENT_GONE
+            raise
+        except Exception:
+            if exchange.started:
+                raise
+            log.exception("request %s failed", exchange.request_id)
+            answer = refuse(ApiError("internal error"), exchange)
+        await answer(scope, receive, send)
+
+    def _authorize(self, scope: Scope) -> None:
+        """By the path the router sees, never by a URL rebuilt from the Host header."""
+        if not self._keys or scope["path"] in self._public_paths:
+            return
+        given = Headers(scope=scope).getlist("authorization")
+        scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+        found = [hmac.compare_digest(token.strip().encode(), key) for key in self._keys]
+        if scheme.lower() != "bearer" or not any(found):
+            raise Unauthorized("a valid key is needed: Authorization: Bearer", headers={"WWW-Authenticate": "Bearer"})
+
+    def _signing(self, send: Send, exchange: Exchange) -> Send:
+        async def sign(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status, exchange.started = message["status"], True
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = exchange.request_id
+                headers["X-Model-Fingerprint"] = self._fingerprint
+                headers["Server-Timing"] = _server_timing(exchange)
+            await send(message)
+
+        return sign
+
+    def _count(self, method: str, exchange: Exchange) -> None:
+        route, seconds = exchange.route, time.monotonic() - exchange.began
+        method = method if method in _METHODS else "_other"
+        self._metrics.http_duration.labels(method, route, str(exchange.status)).observe(seconds)
+        if exchange.error_code is not None:
+            self._metrics.errors.labels(route, exchange.error_code).inc()
+        if route in SCORING_ROUTES:
+            self._metrics.requests.labels(route, _outcome(exchange.status)).inc()
+            log.info(
+                "%s %s %d %s %.1f ms",
+                exchange.request_id,
+                route,
+                exchange.status,
+                exchange.error_code or _outcome(exchange.status),
+                seconds * 1000,
+            )
+
+
+def exchange_of(scope: Any) -> Exchange:
+    """The exchange of a request in flight."""
+    exchange: Exchange = scope["state"]["exchange"]
+    return exchange
+
+
+def refuse(error: ApiError, exchange: Exchange) -> Response:
+    """The answer to a request that failed; its code goes into the metrics."""
+    exchange.error_code = error.code
+    return error_answer(error, exchange.request_id)
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.getlist("x-request-id")
+    return given[0] if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else secrets.token_hex(12)
+
+
+def _server_timing(exchange: Exchange) -> str:
+    stages = {**exchange.timing.seconds, "total": time.monotonic() - exchange.began}
+    return ", ".join(f"{stage};dur={seconds * 1000:.2f}" for stage, seconds in stages.items())
+
+
+def _outcome(status: int) -> str:
+    if status < 400:
+        return "ok"
+    if status == CLIENT_GONE:
+        return "cancelled"
+    if status == 503:
+        return "rejected"
+    return "client_error" if status < 500 else "failed"

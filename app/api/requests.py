@@ -1,0 +1,162 @@
+"""From a request to validated data: JSON and multipart become the same models, faults become the one error shape."""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from starlette.requests import Request
+
+from app.api.bodies import Part, media_type, parse_json, parse_multipart, read_body
+from app.api.schemas import Options, Strict
+from app.errors import (
+    CaptionTooLarge,
+    FingerprintMismatch,
+    InvalidRequest,
+    RequestError,
+    TooManyItems,
+    UnsupportedMediaType,
+)
+from app.service import GroupRequest
+from app.settings import Settings
+
+_Model = TypeVar("_Model", bound=Strict)
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
+_REPEATED = {"caption": "captions"}
+_JSON_ONLY = {"captions", "groups"}
+_INTEGERS = {"timeout_ms"}
+_BOOLEANS = {"explain"}
+_CODES = {
+    "extra_forbidden": "unknown_field",
+    "missing": "missing_field",
+    "too_short": "empty_batch",
+    "invalid_unicode": "invalid_unicode",
+    "string_unicode": "invalid_unicode",
+    "duplicate_id": "duplicate_id",
+}
+
+
+async def read_request(request: Request, model: type[_Model], settings: Settings) -> tuple[_Model, bytes | None]:
+    """The validated request, and the image bytes of a multipart file. Raises RequestError."""
+    kind = media_type(request)
+    if kind not in ("application/json", "multipart/form-data"):
+        raise UnsupportedMediaType("send application/json or multipart/form-data")
+    body = await read_body(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    if kind == "application/json":
+        data, image = parse_json(body), None
+    else:
+        data, image = _form_data(parse_multipart(body, request.headers["content-type"]))
+    _check_counts(data, settings)
+    return _validated(model, data), image
+
+
+async def read_image(request: Request, settings: Settings) -> bytes:
+    """The image of `PUT /images`: the raw body, or the part named `image`."""
+    body = await read_body(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    if media_type(request) != "multipart/form-data":
+        return body
+    data, image = _form_data(parse_multipart(body, request.headers["content-type"]))
+    if image is None or data:
+        raise InvalidRequest("send one file part named image and nothing else", field="image")
+    return image
+
+
+def group_request(group: Any, captions: Sequence[str], image: bytes | None, field: str, settings: Settings) -> GroupRequest:
+    """The service's form of one group, its texts within their byte limits."""
+    where = f"{field}." if field else ""
+    if group.prompt is not None and len(group.prompt.encode()) > settings.max_prompt_bytes:
+        raise CaptionTooLarge(
+            f"the prompt is larger than {settings.max_prompt_bytes} bytes", field=f"{where}prompt", code="prompt_too_large"
+        )
+    for index, caption in enumerate(captions):
+        if len(caption.encode()) > settings.max_caption_bytes:
+            message = f"the caption is larger than {settings.max_caption_bytes} bytes"
+            raise CaptionTooLarge(message, field=f"{where}captions[{index}]", index=index)
+    return GroupRequest(tuple(captions), image=group.image if image is None else image, prompt=group.prompt, field=field)
+
+
+def check_fingerprint(options: Options, loaded: str) -> None:
+    """Raises FingerprintMismatch when the caller pinned another model."""
+    if options.expect_fingerprint is not None and not hmac.compare_digest(options.expect_fingerprint.encode(), loaded.encode()):
+        raise FingerprintMismatch("another model is loaded than the one expected", field="expect_fingerprint")
+
+
+def timeout_s(options: Options, settings: Settings) -> float:
+    """Seconds until the deadline. Raises InvalidRequest above the server's cap."""
+    if options.timeout_ms is None:
+        return settings.default_timeout_ms / 1000
+    if options.timeout_ms > settings.max_timeout_ms:
+        raise InvalidRequest(f"timeout_ms is at most {settings.max_timeout_ms}", field="timeout_ms")
+    return options.timeout_ms / 1000
+
+
+def _form_data(parts: list[Part]) -> tuple[dict[str, Any], bytes | None]:
+    """Form parts as the JSON they stand for; a file named `image` apart."""
+    data: dict[str, Any] = {}
+    image: bytes | None = None
+    for part in parts:
+        if part.name in _JSON_ONLY:
+            raise InvalidRequest("this is a field of the JSON form; in a form repeat caption", field=part.name, code="unknown_field")
+        if part.name in _REPEATED:
+            data.setdefault(_REPEATED[part.name], []).append(_text(part))
+        elif part.name in data or (part.name == "image" and image is not None):
+            raise InvalidRequest("this part may come only once", field=_shown(part.name), code="duplicate_part")
+        elif part.name == "image" and part.is_file:
+            image = bytes(part.data)
+        else:
+            data[part.name] = _form_value(part)
+    return data, image
+
+
+def _form_value(part: Part) -> Any:
+    text = _text(part)
+    if part.name in _INTEGERS and text.isascii() and text.isdecimal() and len(text) < 19:
+        return int(text)
+    if part.name in _BOOLEANS and text in ("true", "false"):
+        return text == "true"
+    return text
+
+
+def _text(part: Part) -> str:
+    try:
+        return part.data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InvalidRequest("the text is not UTF-8", field=_shown(part.name), code="invalid_unicode") from None
+
+
+def _shown(name: str) -> str | None:
+    """A field's name may appear in an error when it looks like one; anything else a client wrote never does."""
+    return name if _IDENTIFIER.fullmatch(name) else None
+
+
+def _check_counts(data: Any, settings: Settings) -> None:
+    """Refuse too many groups or captions before looking at any of them."""
+    if not isinstance(data, dict):
+        raise InvalidRequest("the body must be one JSON object")
+    groups = data.get("groups")
+    groups = groups if isinstance(groups, list) else []
+    if len(groups) > settings.max_groups:
+        raise TooManyItems(f"at most {settings.max_groups} groups a request", field="groups")
+    lists = [data.get("captions"), *(group.get("captions") for group in groups if isinstance(group, dict))]
+    if sum(len(captions) for captions in lists if isinstance(captions, list)) > settings.max_captions:
+        raise TooManyItems(f"at most {settings.max_captions} captions a request", field="captions")
+
+
+def _validated(model: type[_Model], data: Any) -> _Model:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise _fault(error) from None
+
+
+def _fault(error: ValidationError) -> RequestError:
+    """The first fault, by field and kind; never the input."""
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    path = [part for part in first["loc"] if isinstance(part, int) or _shown(part)]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    code = _CODES.get(first["type"], "invalid_request")
+    message = "unknown field" if code == "unknown_field" else first["msg"]
+    return InvalidRequest(message, field=field or None, code=code)

@@ -1,0 +1,276 @@
+"""The routes: read, ask the service, answer. Everything they know of scoring is the service's one method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import RedirectResponse, Response
+
+from app.api.answers import JsonAnswer
+from app.api.card import Card
+from app.api.middleware import exchange_of
+from app.api.requests import check_fingerprint, group_request, read_image, read_request, timeout_s
+from app.api.schemas import (
+    CAPTIONS_EXAMPLE,
+    IMAGE_EXAMPLE,
+    CompareAnswer,
+    CompareRequest,
+    ErrorAnswer,
+    Explanation,
+    GroupAnswer,
+    GroupsAnswer,
+    ImageAnswer,
+    ItemError,
+    Options,
+    Pair,
+    RankAnswer,
+    RankedCaption,
+    RankRequest,
+    ScoreAnswer,
+    ScoreRequest,
+    SelfTestAnswer,
+    StatusAnswer,
+    Usage,
+)
+from app.errors import InvalidRequest, NotReady
+from app.preference import compare, rank
+from app.service import GroupRequest, GroupResult, OnItemError, ScoringService
+from app.settings import Settings
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorAnswer, "description": "The body cannot be read."},
+    401: {"model": ErrorAnswer, "description": "A key is needed."},
+    404: {"model": ErrorAnswer, "description": "`image_unknown`: send the image's bytes."},
+    412: {"model": ErrorAnswer, "description": "Another model is loaded than `expect_fingerprint`."},
+    413: {"model": ErrorAnswer, "description": "Larger than a limit."},
+    415: {"model": ErrorAnswer, "description": "Neither JSON nor multipart, or an image format that is not allowed."},
+    422: {"model": ErrorAnswer, "description": "Not of the documented shape, or a caption or image that cannot be scored."},
+    500: {"model": ErrorAnswer, "description": "The forward pass failed."},
+    503: {"model": ErrorAnswer, "description": "Overloaded, draining or too late; `Retry-After` says when to come back."},
+}
+
+
+def _body(model: str, form: dict[str, Any], required: Sequence[str], examples: dict[str, Any]) -> dict[str, Any]:
+    """A route's two request bodies; each example is a whole request that the model takes."""
+    shown = {name: {"value": value} for name, value in examples.items()}
+    json = {"schema": {"$ref": f"#/components/schemas/{model}"}, "examples": shown}
+    schema = {"type": "object", "properties": form, "required": list(required), "additionalProperties": False}
+    return {"requestBody": {"required": True, "content": {"application/json": json, "multipart/form-data": {"schema": schema}}}}
+
+
+_GROUP_EXAMPLE = {"image": IMAGE_EXAMPLE, "captions": CAPTIONS_EXAMPLE}
+_PAIR_EXAMPLE = {"image": IMAGE_EXAMPLE, "a": CAPTIONS_EXAMPLE[0], "b": CAPTIONS_EXAMPLE[1]}
+_FILE = {"type": "string", "format": "binary"}
+_TEXT = {"type": "string"}
+_CAPTIONS = {"type": "array", "items": _TEXT, "minItems": 1, "description": "Repeat the part once a caption."}
+_FORM_OPTIONS = {"expect_fingerprint": _TEXT, "timeout_ms": {"type": "integer", "minimum": 1}}
+_SCORE_BODY = _body(
+    "ScoreRequest",
+    {
+        "image": _FILE,
+        "prompt": _TEXT,
+        "caption": _CAPTIONS,
+        "on_item_error": {"type": "string", "enum": ["fail", "null"]},
+        "explain": {"type": "boolean"},
+        **_FORM_OPTIONS,
+    },
+    ["caption"],
+    {"one group": _GROUP_EXAMPLE, "several groups": {"groups": [{"id": "step-7/0", **_GROUP_EXAMPLE}]}},
+)
+_COMPARE_BODY = _body(
+    "CompareRequest", {"image": _FILE, "prompt": _TEXT, "a": _TEXT, "b": _TEXT, **_FORM_OPTIONS}, ["a", "b"], {"a pair": _PAIR_EXAMPLE}
+)
+_RANK_BODY = _body(
+    "RankRequest", {"image": _FILE, "prompt": _TEXT, "caption": _CAPTIONS, **_FORM_OPTIONS}, ["caption"], {"one group": _GROUP_EXAMPLE}
+)
+_IMAGE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/octet-stream": {"schema": _FILE},
+            "multipart/form-data": {"schema": {"type": "object", "properties": {"image": _FILE}, "required": ["image"]}},
+        },
+    }
+}
+
+
+class Routes:
+    """The handlers, given what they need once."""
+
+    def __init__(self, service: ScoringService, settings: Settings, card: Card) -> None:
+        self._service = service
+        self._settings = settings
+        self._card = card
+
+    def router(self) -> APIRouter:
+        """All routes, ready to be included."""
+        router = APIRouter(default_response_class=JsonAnswer)
+        scoring: dict[str, Any] = {"methods": ["POST"], "responses": _ERRORS, "tags": ["scoring"]}
+        router.add_api_route(
+            "/score", self.score, response_model=ScoreAnswer | GroupsAnswer, openapi_extra=_SCORE_BODY, summary="Score captions", **scoring
+        )
+        router.add_api_route(
+            "/compare",
+            self.compare,
+            response_model=CompareAnswer,
+            openapi_extra=_COMPARE_BODY,
+            summary="Which of two is preferred",
+            **scoring,
+        )
+        router.add_api_route(
+            "/rank", self.rank, response_model=RankAnswer, openapi_extra=_RANK_BODY, summary="Captions, best first", **scoring
+        )
+        router.add_api_route(
+            "/images",
+            self.put_image,
+            methods=["PUT"],
+            response_model=ImageAnswer,
+            openapi_extra=_IMAGE_BODY,
+            responses=_ERRORS,
+            tags=["scoring"],
+            summary="Send an image once, name it by id afterwards",
+        )
+        router.add_api_route(
+            "/selftest", self.selftest, methods=["POST"], response_model=SelfTestAnswer, summary="Golden scores, now", tags=["state"]
+        )
+        router.add_api_route(
+            "/livez", self.livez, response_model=StatusAnswer, summary="The process and its batch loop live", tags=["state"]
+        )
+        router.add_api_route(
+            "/readyz", self.readyz, response_model=StatusAnswer, summary="Golden scores matched, not draining", tags=["state"]
+        )
+        router.add_api_route("/info", self.info, summary="What is loaded", tags=["state"])
+        router.add_api_route("/metrics", self.metrics, summary="Prometheus metrics", tags=["state"])
+        router.add_api_route("/", self.index, include_in_schema=False)
+        return router
+
+    async def score(self, request: Request) -> Response:
+        """One group gives `scores`; several in `groups` give `groups`, in the same order."""
+        asked, image = await read_request(request, ScoreRequest, self._settings)
+        check_fingerprint(asked, self._card.fingerprint)
+        if asked.groups is not None and image is not None:
+            raise InvalidRequest("a file goes with captions, not with groups", field="image")
+        wanted = [
+            group_request(group, group.captions, None, f"groups[{index}]", self._settings) for index, group in enumerate(asked.groups or [])
+        ] or [group_request(asked, asked.captions or [], image, "", self._settings)]
+        results = await self._score(request, wanted, asked, asked.on_item_error, asked.explain)
+        if asked.groups is None:
+            return JsonAnswer(ScoreAnswer(**_group_fields(results[0], asked.on_item_error), **self._signature(request)))
+        answers = [
+            GroupAnswer(**_group_fields(result, asked.on_item_error), **({} if group.id is None else {"id": group.id}))
+            for group, result in zip(asked.groups, results, strict=True)
+        ]
+        return JsonAnswer(GroupsAnswer(groups=answers, **self._signature(request)))
+
+    async def compare(self, request: Request) -> Response:
+        """Both captions are scored alone, so there is no position bias: swapping them mirrors the answer exactly."""
+        asked, image = await read_request(request, CompareRequest, self._settings)
+        check_fingerprint(asked, self._card.fingerprint)
+        wanted = group_request(asked, (asked.a, asked.b), image, "", self._settings)
+        (result,) = await self._score(request, [wanted], asked)
+        score_a, score_b = _all_scores(result)
+        found = compare(score_a, score_b, self._card.temperature)
+        return JsonAnswer(
+            CompareAnswer(
+                preferred=found.preferred,
+                probability_a=found.probability_a,
+                margin=found.margin,
+                scores=Pair(a=score_a, b=score_b),
+                **_common_fields(result),
+                **self._signature(request),
+            )
+        )
+
+    async def rank(self, request: Request) -> Response:
+        """Best first; equal scores share a rank and are marked."""
+        asked, image = await read_request(request, RankRequest, self._settings)
+        check_fingerprint(asked, self._card.fingerprint)
+        wanted = group_request(asked, asked.captions, image, "", self._settings)
+        (result,) = await self._score(request, [wanted], asked)
+        ranking = [
+            RankedCaption(
+                rank=place.rank,
+                index=place.index,
+                caption=asked.captions[place.index],
+                score=place.score,
+                win_probability=place.win_probability,
+                tied=place.tied,
+            )
+            for place in rank(_all_scores(result), self._card.temperature)
+        ]
+        return JsonAnswer(RankAnswer(ranking=ranking, **_common_fields(result), **self._signature(request)))
+
+    async def put_image(self, request: Request) -> Response:
+        """Raw bytes or a multipart part named `image`; checked and decoded now, so that later requests only name it."""
+        stored = await self._service.add_image(await read_image(request, self._settings))
+        return JsonAnswer(
+            ImageAnswer(
+                image_id=stored.image_id,
+                width=stored.width,
+                height=stored.height,
+                tokens=stored.num_tokens,
+                request_id=exchange_of(request.scope).request_id,
+            )
+        )
+
+    async def selftest(self, request: Request) -> Response:
+        """Scores the artifact's golden items through the real queue and compares."""
+        report = await self._card.run_selftest()
+        answer = SelfTestAnswer(**report.as_dict(), **self._signature(request))
+        return JsonAnswer(answer, status_code=200 if report.passed else 500)
+
+    async def livez(self) -> Response:
+        """503 once the batch loop is dead: restart the process."""
+        if not self._card.alive:
+            raise NotReady("the batch loop is not running")
+        return JsonAnswer(StatusAnswer(status="alive"))
+
+    async def readyz(self) -> Response:
+        """503 until golden scores matched and while draining: send traffic elsewhere."""
+        if not self._card.ready:
+            raise NotReady("not ready")
+        return JsonAnswer(StatusAnswer(status="ready"))
+
+    async def info(self) -> Response:
+        """The model card of what is loaded, and the effective settings."""
+        return JsonAnswer(self._card.as_dict())
+
+    async def metrics(self) -> Response:
+        """Prometheus' text format."""
+        return Response(generate_latest(self._card.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def index(self) -> Response:
+        """To the interactive API page."""
+        return RedirectResponse("/docs")
+
+    async def _score(
+        self, request: Request, groups: list[GroupRequest], options: Options, on_item_error: OnItemError = "fail", explain: bool = False
+    ) -> list[GroupResult]:
+        timing = exchange_of(request.scope).timing
+        deadline = timeout_s(options, self._settings)
+        return await self._service.score(groups, timeout_s=deadline, on_item_error=on_item_error, explain=explain, timing=timing)
+
+    def _signature(self, request: Request) -> dict[str, str]:
+        return {"model_fingerprint": self._card.fingerprint, "request_id": exchange_of(request.scope).request_id}
+
+
+def _common_fields(result: GroupResult) -> dict[str, Any]:
+    usage = Usage(captions=len(result.scores), tokens=result.num_tokens, computed_tokens=result.num_computed_tokens, cached_tokens=0)
+    warnings = {"warnings": ["prompt_truncated"]} if result.truncated_prompt else {}
+    return {"image_id": result.image_id, "usage": usage, **warnings}
+
+
+def _group_fields(result: GroupResult, on_item_error: OnItemError) -> dict[str, Any]:
+    fields = {"scores": list(result.scores), **_common_fields(result)}
+    if on_item_error == "null":
+        fields["errors"] = [error and ItemError(code=error.code, message=error.message) for error in result.errors]
+    if result.explanation is not None:
+        fields["explain"] = Explanation(**result.explanation.as_dict())
+    return fields
+
+
+def _all_scores(result: GroupResult) -> list[float]:
+    return [score for score in result.scores if score is not None]

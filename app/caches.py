@@ -1,0 +1,58 @@
+"""Least-recently-used caches bounded by bytes, safe across threads. They hold values for exactly one key or miss."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from cachetools import LRUCache
+
+from app.metrics import Metrics
+
+_Value = TypeVar("_Value")
+_NUM_MAKERS = 64  # locks; keys that share one only wait for each other
+
+
+class ByteBoundedCache(Generic[_Value]):
+    """Maps a content id to a value; the values used longest ago go when `max_bytes` is reached. 0 bytes: always a miss."""
+
+    def __init__(self, name: str, max_bytes: int, num_bytes: Callable[[_Value], int], metrics: Metrics) -> None:
+        self._name = name
+        self._max_bytes = max_bytes
+        self._num_bytes = num_bytes
+        self._metrics = metrics
+        self._values: LRUCache[str, _Value] = LRUCache(max_bytes, getsizeof=self._cost)
+        self._lock = threading.Lock()
+        self._makers = [threading.Lock() for _ in range(_NUM_MAKERS)]
+
+    def get(self, key: str) -> _Value | None:
+        value = self._find(key)
+        self._metrics.cache_lookups.labels(self._name, "miss" if value is None else "hit").inc()
+        return value
+
+    def put(self, key: str, value: _Value) -> None:
+        """Keep a value in the place of any other of this key; one larger than the whole cache is not kept."""
+        with self._lock:
+            self._values.pop(key, None)
+            if self._cost(value) <= self._max_bytes:
+                self._values[key] = value
+            self._metrics.cache_bytes.labels(self._name).set(self._values.currsize)
+            self._metrics.cache_entries.labels(self._name).set(len(self._values))
+
+    def get_or_make(self, key: str, make: Callable[[], _Value]) -> _Value:
+        """The value of a key, made by one thread while others that want it wait. A failure is not kept: the next one tries again."""
+        with self._makers[hash(key) % _NUM_MAKERS]:
+            value = self._find(key)
+            if value is None:
+                value = make()
+                self.put(key, value)
+            return value
+
+    def _find(self, key: str) -> _Value | None:
+        with self._lock:
+            return self._values.get(key)
+
+    def _cost(self, value: _Value) -> int:
+        """No value is free, so that their number is bounded too."""
+        return max(1, self._num_bytes(value))

@@ -1,0 +1,308 @@
+"""The command line: serve, score, compare, info, selftest, convert. Tables for people, `--json` for programs."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import click
+import typer
+from pydantic import SecretStr
+from rich.console import Console
+from rich.table import Table
+
+from app import __version__
+from app.artifacts import CONFIG_NAME, describe_artifact
+from app.errors import ApiError, StartRefused
+from app.preference import compare as compare_scores
+from app.preference import rank as rank_scores
+from app.remote import remote_info, remote_post, remote_selftest
+from app.settings import Settings, load_settings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Preference scores for captions.", pretty_exceptions_enable=False)
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Url = Annotated[str | None, typer.Option(help="Ask a running server instead of loading a model.")]
+Model = Annotated[str | None, typer.Option(help="A directory, a Hub id or `demo`.")]
+Base = Annotated[str | None, typer.Option("--base-model", help="Where the base model lies.")]
+Prompt = Annotated[str | None, typer.Option(help="The instruction the captions answer.")]
+Image = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The picture.")]
+
+
+def main() -> None:
+    """Entry point: a refused start is one line and exit code 3, a refused request one line and exit code 1."""
+    try:
+        app(standalone_mode=False)
+    except StartRefused as error:
+        err.print(f"punchline: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(StartRefused.exit_code)
+    except ApiError as error:
+        where = f" ({error.field})" if error.field else ""
+        err.print(f"punchline: {error.code}: {error.message}{where}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+
+
+def _option_type(annotation: Any) -> Any:
+    """The field's type as the command line understands it."""
+    inner = [part for part in get_args(annotation) if part is not type(None)] if get_origin(annotation) is not Literal else []
+    plain = inner[0] if inner else annotation
+    return str if plain is SecretStr else plain
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for every setting; the environment and the defaults stay with `load_settings`."""
+
+    @functools.wraps(command)
+    def run(**flags: Any) -> None:
+        command(load_settings(**flags))
+
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[_option_type(field.annotation) | None, typer.Option(help=_help(name, field))],
+        )
+        for name, field in Settings.model_fields.items()
+    ]
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    return run
+
+
+def _help(name: str, field: Any) -> str:
+    default = "" if field.default is None else f" [default: {field.default}]"
+    return f"{field.description}{default} (PUNCHLINE_{name.upper()})"
+
+
+@app.command()
+@_with_settings
+def serve(settings: Settings) -> None:
+    """Serve a reward model over HTTP until SIGTERM."""
+    _log_to_stderr(settings.log_level)
+    _quiet_libraries()
+    from app.serving import serve as run  # torch loads only for commands that need it
+
+    asyncio.run(run(settings))
+
+
+@app.command()
+def score(
+    image: Image,
+    captions: list[str],
+    prompt: Prompt = None,
+    model: Model = None,
+    base_model: Base = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Score captions of one picture, best first."""
+    body = {"captions": captions, **_named(prompt=prompt)}
+    answer = remote_post(url, "/score", image, body, _key()) if url else _local_score(image, captions, prompt, model, base_model)
+    if as_json:
+        out.print_json(data=answer)
+        return
+    table = Table("rank", "score", "vs best", "caption")
+    for place in rank_scores(answer["scores"]):
+        table.add_row(str(place.rank), f"{place.score:.4f}", f"{place.win_probability:.3f}", _literal(captions[place.index]))
+    out.print(table)
+    _print_model(answer)
+
+
+@app.command()
+def compare(
+    image: Image,
+    a: str,
+    b: str,
+    prompt: Prompt = None,
+    model: Model = None,
+    base_model: Base = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Say which of two captions of one picture is preferred."""
+    answer = (
+        remote_post(url, "/compare", image, {"a": a, "b": b, **_named(prompt=prompt)}, _key())
+        if url
+        else _local_compare(image, a, b, prompt, model, base_model)
+    )
+    if as_json:
+        out.print_json(data=answer)
+        return
+    table = Table("", "score", "P(preferred)", "caption")
+    for name, caption, chance in (("a", a, answer["probability_a"]), ("b", b, 1 - answer["probability_a"])):
+        mark = "*" if answer["preferred"] == name else ""
+        table.add_row(name + mark, f"{answer['scores'][name]:.4f}", f"{chance:.3f}", _literal(caption))
+    out.print(table)
+    _print_model(answer)
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="A directory, a Hub id or `demo`.")] = "demo",
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Say what an artifact is, without loading it, or what a server has loaded."""
+    card = remote_info(url, _key()) if url else _local_info(model)
+    if as_json:
+        out.print_json(data=card)
+        return
+    table = Table("", "", show_header=False)
+    for name, value in card.items():
+        table.add_row(name, _literal(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+    out.print(table)
+
+
+@app.command()
+def selftest(model: Model = None, base_model: Base = None, url: Url = None, as_json: Json = False) -> None:
+    """Score the golden items and compare with what they had at export; exit code 3 when they differ."""
+    report = remote_selftest(url, _key()) if url else _local_selftest(model, base_model)
+    if as_json:
+        out.print_json(data=report)
+    else:
+        out.print("passed" if report["passed"] else "FAILED", report["message"], markup=False)
+    if not report["passed"]:
+        sys.exit(StartRefused.exit_code)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="The published artifact: a directory or a Hub id.")],
+    target: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")],
+    base_model: Base = None,
+    golden: Annotated[Path | None, typer.Option(help="JSON lines of {image, captions, prompt?} to become golden items.")] = None,
+    offline: Annotated[bool, typer.Option(help="Never ask the Hub.")] = False,
+) -> None:
+    """Write the full artifact: safetensors head, every default spelt out, hashes, golden scores."""
+    from app.converting import convert as run
+    from app.converting import read_inputs
+
+    _log_to_stderr("warning")
+    _quiet_libraries()
+    with err.status("opening") as status:
+        inputs = read_inputs(golden) if golden else []
+        run(source, target, base_model=base_model, inputs=inputs, offline=offline, progress=status.update)
+    out.print(f"wrote {target}; check it with: punchline selftest --model {target}", markup=False)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+def _local_score(image: Path, captions: list[str], prompt: str | None, model: str | None, base_model: str | None) -> dict[str, Any]:
+    from app.service import GroupRequest
+
+    request = GroupRequest(tuple(captions), image=image.read_bytes(), prompt=prompt)
+
+    async def ask() -> dict[str, Any]:
+        from app.main import running
+
+        with _loading() as settings_of:
+            async with running(settings_of(model, base_model)) as runtime:
+                (result,) = await runtime.service.score([request], timeout_s=runtime.settings.max_timeout_ms / 1000)
+                temperature = runtime.artifact.config.calibration.temperature
+                return {
+                    "scores": list(result.scores),
+                    "image_id": result.image_id,
+                    "model_fingerprint": runtime.loaded.fingerprint,
+                    "temperature": temperature,
+                }
+
+    return asyncio.run(ask())
+
+
+def _local_compare(image: Path, a: str, b: str, prompt: str | None, model: str | None, base_model: str | None) -> dict[str, Any]:
+    answer = _local_score(image, [a, b], prompt, model, base_model)
+    found = compare_scores(answer["scores"][0], answer["scores"][1], answer["temperature"])
+    return {
+        "preferred": found.preferred,
+        "probability_a": found.probability_a,
+        "margin": found.margin,
+        "scores": dict(zip("ab", answer["scores"], strict=True)),
+        "model_fingerprint": answer["model_fingerprint"],
+    }
+
+
+def _local_info(model: str) -> dict[str, Any]:
+    root, config = describe_artifact(model)
+    return {"path": str(root / CONFIG_NAME), **config.model_dump(mode="json")}
+
+
+def _local_selftest(model: str | None, base_model: str | None) -> dict[str, Any]:
+    async def ask() -> dict[str, Any]:
+        from app.main import running
+
+        with _loading() as settings_of:
+            async with running(settings_of(model, base_model)) as runtime:
+                return (await runtime.selftest.run()).as_dict()
+
+    return asyncio.run(ask())
+
+
+@contextmanager
+def _loading() -> Iterator[Callable[[str | None, str | None], Settings]]:
+    """A spinner while a model loads and scores; hands out settings for the command's own flags."""
+    _log_to_stderr("warning")
+    _quiet_libraries()
+    with err.status("loading the model"):
+        yield lambda model, base_model: load_settings(**_named(model=model, base_model=base_model))
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for noisy in ("httpx", "huggingface_hub", "transformers", "python_multipart", "uvicorn.error"):
+        logging.getLogger(noisy).setLevel("ERROR" if noisy != "uvicorn.error" else level.upper())
+
+
+def _quiet_libraries() -> None:
+    """No progress bars or load reports of the libraries: a refused start is one line, ours."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def _named(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _key() -> str | None:
+    """The key to send to `--url`: the first of PUNCHLINE_API_KEY."""
+    return next(iter(load_settings().api_keys), None)
+
+
+def _literal(text: str) -> str:
+    """User text in a table: no markup, control characters visible."""
+    shown = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    return shown.replace("[", r"\[")
+
+
+def _print_model(answer: dict[str, Any]) -> None:
+    out.print(f"model {answer['model_fingerprint'][:12]}", style="dim", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

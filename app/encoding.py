@@ -1,0 +1,299 @@
+"""Groups to token ids and pixels: the only place that knows the chat template, the text template and the image recipe.
+
+User text is tokenised with every added token switched off, so `<|im_end|>` in a caption is plain text; image placeholders
+are expanded by our own count. Thread-safe: nothing here is written to after construction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from app.artifacts import Artifact, RewardModelConfig
+from app.contracts import EncodedGroup, EncodedImage, Explanation, Group, Ids, RgbImage
+from app.errors import ApiError, ArtifactInvalid, ImageRejected, InvalidRequest, ItemRejected
+from app.images import shrink, shrunk_size
+
+_Part = TypeVar("_Part")
+_SLOT = "\ue000slot\ue000"  # private use: no template contains it
+_SEAM = 4  # tokens that joining two texts may add to the sum of theirs
+_NUM_BYTES = 256  # byte-level tokenizers have a token for each
+_NFC_GROWTH = 3  # the most that composing may lengthen UTF-8 (UAX 15); the tokenizer composes
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFrame:
+    """The chat around the user text, cut at special tokens so that no merge crosses a seam."""
+
+    lead_ids: tuple[int, ...]  # up to and with the last special token before the text
+    lead_text: str  # plain template text between that token and the user text
+    trail_text: str
+    trail_ids: tuple[int, ...]
+
+
+class Encoder:
+    """Encodes groups for one artifact. Implements `GroupEncoder`."""
+
+    def __init__(self, config: RewardModelConfig, tokenizer: Any, image_processor: Any, image_token_id: int) -> None:
+        self._config = config
+        self._plain = _plain_tokenizer(tokenizer)
+        self._processor = image_processor
+        self._image_token_id = image_token_id
+        self._frame = _chat_frame(tokenizer)
+        self._prompt_first = config.template.index("{prompt}") < config.template.index("{caption}")
+        self._num_lead, self._num_between, self._num_trail = self._template_tokens()
+        if self._frame.lead_ids.count(image_token_id) != 1:
+            raise ArtifactInvalid("the chat template does not place exactly one image before the text")
+
+    @property
+    def takes_images(self) -> bool:
+        return True
+
+    @property
+    def config(self) -> RewardModelConfig:
+        return self._config
+
+    def image_tokens(self, width: int, height: int) -> int:
+        """How many tokens a picture of this size becomes; exact, without pixels. Raises ImageRejected for a sliver."""
+        width, height = shrunk_size(width, height, self._config.image.long_edge)
+        side, size = self._processor.patch_size * self._processor.merge_size, self._processor.size
+        try:
+            rows, columns = smart_resize(height, width, side, size["shortest_edge"], size["longest_edge"])
+        except ValueError:
+            raise ImageRejected("the image is too long and thin for the model", code="image_bad_dimensions") from None
+        return int(rows * columns // side**2)
+
+    def max_tokens(self, num_image_tokens: int, prompt: str | None, captions: Sequence[str]) -> int:
+        """An upper bound of a group's tokens, without tokenising it: no token is shorter than a byte."""
+        text = self._config.default_prompt if prompt is None else prompt
+        middle = _max_tokens(text, self._config.max_prompt_tokens) + self._num_between  # prompt, and what parts it from the caption
+        shared = self._num_lead + num_image_tokens + (middle if self._prompt_first else 0)
+        each = self._num_trail + (0 if self._prompt_first else middle)
+        return shared + sum(each + _max_tokens(caption, self._config.max_caption_tokens) for caption in captions)
+
+    def encode_image(self, image: RgbImage) -> EncodedImage:
+        """Shrink by the artifact's recipe, then the published image processor (PIL backend, same pixels everywhere)."""
+        recipe = self._config.image
+        num_tokens = self.image_tokens(image.width, image.height)
+        small = shrink(image.pixels, recipe.long_edge, recipe.resample)
+        batch = self._processor(images=[small], return_tensors="np")
+        time, rows, columns = (int(n) for n in batch["image_grid_thw"][0])
+        patches = np.ascontiguousarray(batch["pixel_values"], dtype=np.float32)  # [t*h*w, patch values]
+        if time * rows * columns // self._processor.merge_size**2 != num_tokens:
+            raise RuntimeError(f"the image processor made another grid than {num_tokens} tokens: {(time, rows, columns)}")
+        return EncodedImage(image.image_id, patches, (time, rows, columns), num_tokens)
+
+    def encode(self, group: Group) -> tuple[EncodedGroup | None, list[ApiError | None]]:
+        """Ids of every caption that can be scored, and one error or None a caption.
+
+        The encoded group holds the captions without an error, in order; None if there are none. Raises InvalidRequest for
+        a prompt that is no Unicode text.
+        """
+        prompt, truncated = self._fit_prompt(group.prompt)
+        errors = self._caption_errors(group.captions)
+        texts = [self.text(prompt, caption) for caption, error in zip(group.captions, errors, strict=True) if error is None]
+        if not texts:
+            return None, errors
+        *rows, probe = self._rows([*texts, self.text(prompt, "")], group.image)
+        digest = hashlib.sha256(prompt.encode()).digest()
+        key = (group.image.image_id if group.image else "", digest)
+        return EncodedGroup(key, group.image, tuple(rows), num_shared([*rows, probe]), truncated), errors
+
+    def explain(self, pieces: Sequence[EncodedGroup]) -> Explanation:
+        """The chat of every caption as the model sees it, decoded from its ids."""
+        rows = [row for piece in pieces for row in piece.rows]
+        image = pieces[0].image
+        pad = str(self._plain.id_to_token(self._image_token_id))
+        count = image.num_tokens if image else 0
+        chats = [self._plain.decode(row.tolist(), skip_special_tokens=False) for row in rows]
+        return Explanation(
+            chats=[chat.replace(pad * count, f"{pad}*{count}") if count else chat for chat in chats],
+            tokens=[len(row) for row in rows],
+            pooled_index=[len(row) - 1 for row in rows],
+            prefix_tokens=pieces[0].num_prefix,
+            image_tokens=count,
+            image_grid=list(image.grid_thw) if image else None,
+        )
+
+    def text(self, prompt: str, caption: str) -> str:
+        """The user text of one caption, by the artifact's template. Braces in user text are plain text."""
+        head, _, rest = self._config.template.partition("{prompt}")
+        if "{caption}" in head:  # the caption may come first
+            before, _, between = head.partition("{caption}")
+            return f"{before}{caption}{between}{prompt}{rest}"
+        between, _, after = rest.partition("{caption}")
+        return f"{head}{prompt}{between}{caption}{after}"
+
+    def _fit_prompt(self, prompt: str | None) -> tuple[str, bool]:
+        """The recipe's truncation: encode, cut, decode."""
+        text = self._config.default_prompt if prompt is None else prompt
+        if not _is_unicode(text):
+            raise InvalidRequest("the prompt has lone surrogates", field="prompt", code="invalid_unicode")
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        limit = self._config.max_prompt_tokens
+        return (text, False) if len(ids) <= limit else (self._plain.decode(ids[:limit]), True)
+
+    def _caption_errors(self, captions: Sequence[str]) -> list[ApiError | None]:
+        valid = [_is_unicode(caption) for caption in captions]
+        texts = [caption if fine else "" for caption, fine in zip(captions, valid, strict=True)]
+        lengths = [len(row.ids) for row in self._plain.encode_batch(texts, add_special_tokens=False)]
+        return [self._caption_error(*found) for found in zip(range(len(texts)), valid, lengths, strict=True)]
+
+    def _caption_error(self, index: int, valid: bool, length: int) -> ApiError | None:
+        limit = self._config.max_caption_tokens
+        if not valid:
+            return ItemRejected("the caption has lone surrogates", code="invalid_unicode", index=index)
+        if length > limit:
+            return ItemRejected(f"the caption is longer than {limit} tokens", code="caption_too_long", index=index)
+        return None
+
+    def _template_tokens(self) -> tuple[int, int, int]:
+        """Tokens before the first slot, between the slots and after the last, each with room for a seam; image tokens left out."""
+        frame, template = self._frame, self._config.template
+        first, second = ("{prompt}", "{caption}") if self._prompt_first else ("{caption}", "{prompt}")
+        head, _, rest = template.partition(first)
+        between, _, after = rest.partition(second)
+        texts = [frame.lead_text + head, between, after + frame.trail_text]
+        lead, middle, trail = (len(row.ids) + _SEAM for row in self._plain.encode_batch(texts, add_special_tokens=False))
+        return len(frame.lead_ids) + lead, middle, trail + len(frame.trail_ids)
+
+    def _rows(self, texts: Sequence[str], image: EncodedImage | None) -> tuple[Ids, ...]:
+        frame = self._frame
+        framed = [frame.lead_text + text + frame.trail_text for text in texts]
+        lead = self._expand(frame.lead_ids, image)
+        trail = np.asarray(frame.trail_ids, dtype=np.int64)
+        encoded = self._plain.encode_batch(framed, add_special_tokens=False)
+        return tuple(np.concatenate([lead, np.asarray(row.ids, dtype=np.int64), trail]) for row in encoded)
+
+    def _expand(self, ids: tuple[int, ...], image: EncodedImage | None) -> Ids:
+        count = image.num_tokens if image else 0
+        lead = np.asarray(ids, dtype=np.int64)
+        return np.repeat(lead, np.where(lead == self._image_token_id, count, 1))
+
+
+def load_encoder(artifact: Artifact) -> Encoder:
+    """Tokenizer and image processor of the artifact, read apart (the combined Qwen processor wants torchvision)."""
+    path = artifact.processor_path
+    tokenizer = _read("tokenizer", path, lambda: AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False))
+    processor = _read(
+        "image processor",
+        path,
+        lambda: AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True, trust_remote_code=False),
+    )
+    if tokenizer.chat_template is None:
+        raise ArtifactInvalid(f"{path}: no chat template")
+    base = _read_base_config(artifact.base_path / "config.json")
+    _check_geometry(path, tokenizer, processor, base)
+    return _read("chat template", path, lambda: Encoder(artifact.config, tokenizer, processor, base["image_token_id"]))
+
+
+def num_shared(rows: Sequence[Ids]) -> int:
+    """Length of the longest common prefix, short enough to leave every row one token of its own."""
+    limit = min(len(row) for row in rows) - 1
+    first = rows[0]
+    for row in rows[1:]:
+        differs = np.flatnonzero(first[:limit] != row[:limit])
+        limit = int(differs[0]) if len(differs) else limit
+    return limit
+
+
+def positions(row: Ids, image: EncodedImage | None, image_token_id: int, merge_size: int) -> Ids:
+    """Three-axis rotary positions of one whole sequence: [3, length] (time, height, width).
+
+    Text advances all axes by one; an image spans its merged grid and the text after it goes on behind the largest
+    position (Qwen2-VL, arXiv 2409.12191, section 2.1; equal to transformers' `get_rope_index`, which a test checks).
+    """
+    length = len(row)
+    if image is None:
+        return np.tile(np.arange(length, dtype=np.int64), (3, 1))
+    time, rows, columns = image.grid_thw[0], image.grid_thw[1] // merge_size, image.grid_thw[2] // merge_size
+    start = int(np.argmax(row == image_token_id))
+    grid = np.indices((time, rows, columns), dtype=np.int64).reshape(3, -1) + start
+    after = length - start - image.num_tokens
+    resume = start + max(rows, columns)
+    return np.concatenate([np.tile(np.arange(start), (3, 1)), grid, np.tile(np.arange(after), (3, 1)) + resume], axis=1)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be UTF-8: no lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _max_tokens(text: str, limit: int) -> int:
+    """No text has more tokens than bytes, and longer ones are cut or refused."""
+    size = len(text) if text.isascii() else _NFC_GROWTH * len(text.encode("utf-8", "replace"))
+    return min(size, limit)
+
+
+def _read(what: str, path: Path, load: Callable[[], _Part]) -> _Part:
+    """Whatever a library raises over a file of the artifact, the file is at fault."""
+    try:
+        return load()
+    except ArtifactInvalid as error:
+        raise ArtifactInvalid(f"{path}: {error}") from None
+    except Exception as error:
+        raise ArtifactInvalid(f"{path}: {what} cannot be read ({type(error).__name__})") from None
+
+
+def _read_base_config(path: Path) -> dict[str, Any]:
+    config = _read("configuration", path, lambda: json.loads(path.read_bytes()))
+    if not isinstance(config, dict) or not isinstance(config.get("image_token_id"), int):
+        raise ArtifactInvalid(f"{path}: no image_token_id; not a vision-language base")
+    return config
+
+
+def _check_geometry(path: Path, tokenizer: Any, processor: Any, base: dict[str, Any]) -> None:
+    """Ids the base has embeddings for, and patches of the size its vision tower cuts."""
+    vision = base.get("vision_config", {})
+    pairs = (("patch_size", "patch_size"), ("merge_size", "spatial_merge_size"), ("temporal_patch_size", "temporal_patch_size"))
+    for ours, theirs in pairs:
+        found, expected = getattr(processor, ours), vision.get(theirs, getattr(processor, ours))
+        if found != expected:
+            raise ArtifactInvalid(f"{path}: image processor of another base: expected {ours} {expected}, found {found}")
+    if len(tokenizer) - len(tokenizer.get_added_vocab()) < _NUM_BYTES:  # transformers makes an empty one when its file is missing
+        raise ArtifactInvalid(f"{path}: tokenizer without a vocabulary")
+    num_known = base.get("text_config", base).get("vocab_size", len(tokenizer))
+    if len(tokenizer) > num_known:
+        raise ArtifactInvalid(f"{path}: tokenizer of another base: expected at most {num_known} tokens, found {len(tokenizer)}")
+
+
+def _plain_tokenizer(tokenizer: Any) -> Tokenizer:
+    """A copy of the tokenizer to which every added token is ordinary text."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = True
+    plain = Tokenizer.from_str(json.dumps(state))
+    plain.encode_special_tokens = True
+    plain.no_truncation()
+    plain.no_padding()
+    return plain
+
+
+def _chat_frame(tokenizer: Any) -> ChatFrame:
+    content = [{"type": "image"}, {"type": "text", "text": _SLOT}]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=False)
+    if chat.count(_SLOT) != 1:
+        raise ArtifactInvalid("the chat template does not place the user text exactly once")
+    before, _, after = chat.partition(_SLOT)
+    special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    cut = max((before.rfind(token) + len(token) for token in special if token in before), default=0)
+    resume = min((after.find(token) for token in special if token in after), default=len(after))
+    return ChatFrame(_ids(tokenizer, before[:cut]), before[cut:], after[:resume], _ids(tokenizer, after[resume:]))
+
+
+def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Template text to ids, special tokens recognised."""
+    return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()

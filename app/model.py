@@ -1,0 +1,300 @@
+"""The reward model in memory: backbone with LoRA plus scalar head, loaded with every check, run on packed groups."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from app import attention
+from app.artifacts import ADAPTER_WEIGHTS_NAME, Artifact, base_sha256, fingerprint
+from app.errors import ArtifactInvalid
+from app.heads import LinearHead, load_head
+from app.packing import Packed
+
+ENCODING_VERSION = "1"  # raise it whenever ids, pixels, packing or pooling change
+_SCORING_LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "pillow")
+_UNUSED_BASE_KEYS = {"lm_head.weight"}
+SUPPORTED_FAMILIES = ("qwen2_5_vl",)
+_MAX_REASON = 300  # characters of a library's own words
+_HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base's weights as well
+_LORA_KEYS = (".lora_A.weight", ".lora_B.weight")
+
+
+class RewardModel(nn.Module):
+    """Backbone and head. `forward` runs packed groups, `forward_plain` one caption as the published recipe does."""
+
+    def __init__(self, backbone: Any, head: LinearHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        backbone.set_attn_implementation({"text_config": attention.register()})
+
+    @property
+    def image_token_id(self) -> int:
+        return int(self.backbone.config.image_token_id)
+
+    @property
+    def merge_size(self) -> int:
+        return int(self.backbone.config.vision_config.spatial_merge_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.linear.weight.device
+
+    def forward(self, packed: Packed) -> Tensor:
+        """Scores of the packed rows, [rows] float32. Differentiable; positions are passed, no state is kept."""
+        embedded = self.backbone.get_input_embeddings()(packed.input_ids)  # [tokens, hidden]
+        if packed.pixel_values is not None:
+            features = self._image_features(packed).to(embedded.dtype)  # [image tokens, hidden]
+            here = (packed.input_ids == self.image_token_id).unsqueeze(-1)
+            embedded = embedded.masked_scatter(here, features)
+        hidden = self.backbone.language_model(
+            inputs_embeds=embedded.unsqueeze(0),
+            position_ids=packed.position_ids,
+            attention_mask={"full_attention": packed.layout},
+            use_cache=False,
+        ).last_hidden_state[0]  # [tokens, hidden]
+        scores: Tensor = self.head(hidden[packed.pooled_index])
+        return scores
+
+    def forward_plain(self, input_ids: Tensor, pixel_values: Tensor | None, image_grid_thw: Tensor | None) -> Tensor:
+        """One caption by itself, transformers deciding mask and positions: the published usage recipe. [1] float32."""
+        hidden = self.backbone(
+            input_ids=input_ids,  # [1, tokens]
+            attention_mask=torch.ones_like(input_ids),
+            mm_token_type_ids=(input_ids == self.image_token_id).int(),
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            use_cache=False,
+        ).last_hidden_state
+        self.backbone.rope_deltas = None  # transformers leaves it on the module
+        scores: Tensor = self.head(hidden[:, -1])
+        return scores
+
+    def _image_features(self, packed: Packed) -> Tensor:
+        outputs = self.backbone.get_image_features(packed.pixel_values, packed.image_grid_thw)
+        return torch.cat([outputs.pooler_output[slot] for slot in packed.image_slots])
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to score, and what it is made of."""
+
+    model: RewardModel
+    fingerprint: str
+    dtype: Literal["float32", "bfloat16"]
+    device: str
+
+
+def load_model(
+    artifact: Artifact,
+    *,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    lora: Literal["merged", "unmerged"] = "merged",
+) -> LoadedModel:
+    """Base, adapter and head, every part checked against the others. Raises ArtifactInvalid naming the file at fault."""
+    place = torch.device(resolve_device(device))
+    number = resolve_dtype(dtype, artifact.config.dtype, place)
+    head = load_head(artifact.head_path, artifact.config.score_head_shape)
+    adapter = _adapter_config(artifact)
+    _check_adapter_file(artifact.adapter_path / ADAPTER_WEIGHTS_NAME)
+    base_digest = _checked_base(artifact, adapter.get("base_model_name_or_path"))
+    backbone = load_backbone(artifact, getattr(torch, number))
+    backbone = _with_adapter(backbone, artifact, merge=lora == "merged")
+    hidden = backbone.config.get_text_config().hidden_size
+    if head.linear.in_features != hidden:
+        raise ArtifactInvalid(f"{artifact.head_path}: head takes {head.linear.in_features} values, the base gives {hidden}")
+    model = RewardModel(backbone, head).eval().requires_grad_(False)
+    _refuse_nonfinite(model, artifact)
+    _move(model, place)
+    runtime = {"dtype": number, "device": place.type, "lora": lora, "encoding": ENCODING_VERSION}
+    runtime |= {name: version(name) for name in _SCORING_LIBRARIES}
+    return LoadedModel(model, fingerprint(artifact, base_digest, runtime), number, str(place))
+
+
+def load_backbone(artifact: Artifact, dtype: torch.dtype) -> Any:
+    """The base without language-model head, every weight accounted for."""
+    path = artifact.base_path
+    config = _base_config(path)
+    for shard in sorted(path.glob("*.safetensors")):
+        _tensor_names(shard)
+    try:
+        backbone, info = AutoModel.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever the libraries raise, the base is at fault
+        raise ArtifactInvalid(f"{path}: base model cannot be loaded ({_reason(error)})") from None
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if found := sorted(map(str, set(map(_name, info.get(fault, ()))) - _UNUSED_BASE_KEYS)):
+            raise ArtifactInvalid(f"{path}: {len(found)} {fault.replace('_', ' ')} in the base weights, first {found[0]}")
+    return backbone
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is the first GPU, else the CPU. Raises ArtifactInvalid for a GPU that is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if count else "cpu"
+    place = torch.device(device)
+    if place.type == "cuda" and (place.index or 0) >= count:
+        raise ArtifactInvalid(f"device {device}: torch sees {count or 'no'} GPUs")
+    return device
+
+
+def resolve_dtype(
+    dtype: Literal["auto", "float32", "bfloat16"], wanted: Literal["float32", "bfloat16"], device: torch.device
+) -> Literal["float32", "bfloat16"]:
+    """`auto` is the artifact's format on a GPU and float32 on a CPU, where it is exact and rarely slower."""
+    if dtype != "auto":
+        return dtype
+    return wanted if device.type == "cuda" else "float32"
+
+
+def _name(key: Any) -> str:
+    return str(key[0]) if isinstance(key, tuple) else str(key)
+
+
+def _base_config(path: Path) -> Any:
+    """The base's configuration, of a family whose forward we know and without tricks that change it."""
+    name = path / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ArtifactInvalid(f"{name}: cannot be read ({_reason(error)})") from None
+    if config.model_type not in SUPPORTED_FAMILIES:
+        raise ArtifactInvalid(f"{name}: expected one of {SUPPORTED_FAMILIES}, found {config.model_type!r}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ArtifactInvalid(f"{name}: expected full-precision weights, found a quantised base")
+    if set(config.get_text_config().layer_types) != {"full_attention"}:
+        raise ArtifactInvalid(f"{name}: expected full attention in every layer, found sliding windows")
+    return config
+
+
+def _checked_base(artifact: Artifact, named: Any) -> str:
+    """SHA-256 of the base, which is the one the configuration and the adapter name."""
+    found = base_sha256(artifact.base_path)
+    expected = artifact.config.base_model_sha256
+    if expected is not None and found != expected:
+        raise ArtifactInvalid(
+            f"{artifact.base_path}: another base than the adapter was trained on: expected sha256 {expected}, found {found}"
+        )
+    if _both_hub_ids(named, artifact.config.base_model_name) and named != artifact.config.base_model_name:
+        raise ArtifactInvalid(f"{artifact.adapter_path}: adapter for {named}, configuration names {artifact.config.base_model_name}")
+    return found
+
+
+def _both_hub_ids(*names: Any) -> bool:
+    return all(isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")) for name in names)
+
+
+def _adapter_config(artifact: Artifact) -> dict[str, Any]:
+    """`adapter_config.json` of a plain LoRA; what peft would ignore or what changes the base is refused."""
+    path = artifact.adapter_path / "adapter_config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactInvalid(f"{path}: cannot be read ({_reason(error)})") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ArtifactInvalid(f"{path}: expected peft_type 'LORA', found {found!r}")
+    if config.get("init_lora_weights", True) not in _HARMLESS_INITS:
+        raise ArtifactInvalid(
+            f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base; convert the adapter to plain LoRA"
+        )
+    known = {field.name for field in fields(LoraConfig)}
+    if unknown := sorted(name for name, value in config.items() if name not in known and value):
+        raise ArtifactInvalid(f"{path}: peft {version('peft')} does not know {', '.join(unknown)}")
+    return config
+
+
+def _check_adapter_file(path: Path) -> None:
+    """Every tensor readable, finite and not all zero."""
+    names = _tensor_names(path)
+    if not names:
+        raise ArtifactInvalid(f"{path}: holds no tensors")
+    with safe_open(path, framework="pt") as stream:
+        for name in names:
+            tensor = stream.get_tensor(name)
+            if not torch.isfinite(tensor).all():
+                raise ArtifactInvalid(f"{path}: {name} is not finite")
+            if ".lora_" in name and not tensor.any():
+                raise ArtifactInvalid(f"{path}: {name} is all zero; this adapter changes nothing there and was not trained")
+
+
+def _tensor_names(path: Path) -> list[str]:
+    """Names in a safetensors file. Raises ArtifactInvalid for one that is cut off or no safetensors at all."""
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return sorted(stream.keys())
+    except Exception as error:
+        raise ArtifactInvalid(f"{path}: cannot be read ({_reason(error)})") from None
+
+
+def _with_adapter(backbone: Any, artifact: Artifact, *, merge: bool) -> Any:
+    path = artifact.adapter_path
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # a refusal in `_check_adapter`
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks transformers 5.23 so
+            peft_model = PeftModel.from_pretrained(backbone, str(path), adapter_name="default", is_trainable=False)
+    except Exception as error:
+        raise ArtifactInvalid(f"{path}: adapter does not fit the base ({_reason(error)})") from None
+    _check_adapter(peft_model, artifact.adapter_path / ADAPTER_WEIGHTS_NAME)
+    # peft holds the adapter in float32, so merging sums in float32 and rounds once to the base's format; a test proves it
+    return peft_model.merge_and_unload() if merge else peft_model.get_base_model()
+
+
+def _check_adapter(peft_model: PeftModel, path: Path) -> None:
+    """PEFT only warns about missing keys and says nothing of others; here each is a refusal."""
+    expected, found = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False)), set(_tensor_names(path))
+    for what, names in (("missing", expected - found), ("unexpected", found - expected)):
+        if names:
+            raise ArtifactInvalid(f"{path}: {len(names)} {what} adapter keys, first {min(names)}")
+    strange = [name for name in expected if not name.endswith(_LORA_KEYS)]
+    layers = [module for module in peft_model.modules() if isinstance(module, LoraLayer)]
+    if strange or any(type(layer) is not LoraLinear or layer.lora_variant for layer in layers):
+        raise ArtifactInvalid(f"{path}: expected plain LoRA on linear layers, found {min(strange, default='a variant of it')}")
+
+
+def _refuse_nonfinite(model: RewardModel, artifact: Artifact) -> None:
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise ArtifactInvalid(f"{artifact.base_path}: {name} was not loaded")
+        if not torch.isfinite(tensor).all():
+            raise ArtifactInvalid(f"{artifact.base_path}: {name} is not finite")
+
+
+def _move(model: RewardModel, place: torch.device) -> None:
+    if place.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution: float32 means float32
+    try:
+        model.to(place)
+    except torch.OutOfMemoryError:
+        raise ArtifactInvalid(f"device {place}: the model does not fit into its free memory") from None
+
+
+def _reason(error: Exception) -> str:
+    """What a library's error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = next((line for line in lines if "mismatch" in line and "torch.Size" in line), lines[0] if lines else "")
+    return f"{type(error).__name__}: {line[:_MAX_REASON]}" if line else type(error).__name__

@@ -1,0 +1,306 @@
+"""Score groups without HTTP: resolve the image, admit, decode and encode off the event loop, queue, check, answer."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from app.batching import Admission, Batcher, Reservation
+from app.caches import ByteBoundedCache
+from app.contracts import EncodedGroup, EncodedImage, Explanation, Group, GroupEncoder, Job
+from app.errors import ApiError, DeadlineExceeded, ImageUnknown, InvalidRequest, ItemRejected, RequestError, TooManyTokens, Unavailable
+from app.images import ImageLimits, decode_image, image_id, probe_image, read_image_field
+from app.metrics import Metrics
+from app.planning import split_group
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from app.artifacts import RewardModelConfig
+
+OnItemError = Literal["fail", "null"]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRequest:
+    """One group as a client sent it. `image` is raw bytes, base64, a `data:` URL or an image id."""
+
+    captions: tuple[str, ...]
+    image: bytes | str | None = None
+    prompt: str | None = None
+    field: str = ""  # where it stands in the request, "groups[2]"; names the fault in errors
+
+
+@dataclass(frozen=True, slots=True)
+class GroupResult:
+    """One score or one error a caption, in order, and what they cost."""
+
+    scores: tuple[float | None, ...]
+    errors: tuple[ApiError | None, ...]
+    image_id: str | None
+    num_tokens: int
+    num_computed_tokens: int
+    truncated_prompt: bool
+    explanation: Explanation | None = None
+
+
+@dataclass(slots=True)
+class Timing:
+    """Seconds spent by stage, for `Server-Timing`."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = max(self.seconds.get(stage, 0.0), seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    image_id: str
+    width: int
+    height: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A group ready for the queue."""
+
+    pieces: tuple[EncodedGroup, ...]  # consecutive captions; empty when every caption has an error
+    errors: tuple[ApiError | None, ...]
+    image_id: str | None
+    explanation: Explanation | None
+
+
+class ScoringService:
+    """The one way from a request to its scores; every route, the self-test and the command line go through it."""
+
+    def __init__(
+        self,
+        *,
+        config: RewardModelConfig,
+        encoder: GroupEncoder,
+        batcher: Batcher,
+        admission: Admission,
+        limits: ImageLimits,
+        image_store: ByteBoundedCache[bytes],
+        pixel_cache: ByteBoundedCache[EncodedImage],
+        pool: Executor,
+        max_batch_tokens: int,
+        metrics: Metrics,
+    ) -> None:
+        self._config = config
+        self._encoder = encoder
+        self._batcher = batcher
+        self._admission = admission
+        self._limits = limits
+        self._image_store = image_store
+        self._pixel_cache = pixel_cache
+        self._pool = pool
+        self._max_batch_tokens = max_batch_tokens
+        self._metrics = metrics
+
+    async def score(
+        self,
+        requests: Sequence[GroupRequest],
+        *,
+        timeout_s: float,
+        on_item_error: OnItemError = "fail",
+        explain: bool = False,
+        timing: Timing | None = None,
+    ) -> list[GroupResult]:
+        """Score every group, in order.
+
+        All or nothing by default: the first caption that cannot be scored raises its ItemRejected. With "null" such a caption
+        gets None and its error. Raises ApiError; DeadlineExceeded after `timeout_s` seconds.
+        """
+        timing = timing or Timing()
+        num_captions = sum(len(request.captions) for request in requests)
+        with self._counting_failures(num_captions), self._admission.reserve(num_captions) as reservation, _deadline_named():
+            deadline = time.monotonic() + timeout_s
+            async with asyncio.timeout(timeout_s):
+                prepared = await self._prepare_all(requests, reservation, timing, explain)
+                if on_item_error == "fail":
+                    _raise_first(requests, prepared)
+                jobs = await self._run(prepared, deadline)
+        _note_times(jobs, timing)
+        return [self._result(group, own) for group, own in zip(prepared, jobs, strict=True)]
+
+    async def add_image(self, data: bytes) -> StoredImage:
+        """Check, keep and prepare an image so that requests can name it by id. Raises ImageRejected and its kin."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._add_image, data)
+
+    def _add_image(self, data: bytes) -> StoredImage:
+        width, height = probe_image(data, self._limits)
+        encoded = self._encode_image(data, image_id(data))
+        return StoredImage(encoded.image_id, width, height, encoded.num_tokens)
+
+    @contextmanager
+    def _counting_failures(self, num_captions: int) -> Iterator[None]:
+        """Every caption is counted once: here when its request gets no scores, else with its score."""
+        try:
+            yield
+        except BaseException as error:
+            self._metrics.items.labels("failed").inc(num_captions)
+            if isinstance(error, Unavailable):
+                self._metrics.rejected.labels(error.code).inc()
+            raise
+
+    async def _run(self, prepared: Sequence[_Prepared], deadline: float) -> list[list[Job]]:
+        """Queue every piece and wait for all. Whoever leaves, by error, deadline or cancellation, leaves no job behind."""
+        jobs: list[list[Job]] = [[] for _ in prepared]
+        try:
+            for group, own in zip(prepared, jobs, strict=True):
+                own.extend(self._batcher.submit(piece, deadline) for piece in group.pieces)
+            await asyncio.gather(*(job.future for own in jobs for job in own))
+        finally:
+            _abandon(jobs)
+        return jobs
+
+    async def _prepare_all(
+        self, requests: Sequence[GroupRequest], reservation: Reservation, timing: Timing, explain: bool
+    ) -> list[_Prepared]:
+        """On the encode threads. Waits for all before it raises the first error, so that nothing goes on behind it."""
+        loop = asyncio.get_running_loop()
+        work = [loop.run_in_executor(self._pool, self._prepare, request, reservation, timing, explain) for request in requests]
+        done = await asyncio.gather(*work, return_exceptions=True)
+        for outcome in done:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return [outcome for outcome in done if not isinstance(outcome, BaseException)]
+
+    def _prepare(self, request: GroupRequest, reservation: Reservation, timing: Timing, explain: bool) -> _Prepared:
+        """On an encode thread: cost first, then pixels and ids."""
+        with _located(request.field):
+            self._check_prompt(request.prompt)
+            with _measured(self._metrics, timing, "decode"):
+                image, bound = self._image(request, reservation)
+            with _measured(self._metrics, timing, "encode"):
+                group, errors = self._encoder.encode(Group(request.captions, request.prompt, image))
+                pieces = self._split(group) if group else ()
+            reservation.settle(bound, sum(piece.num_tokens for piece in pieces))
+            explanation = self._encoder.explain(pieces) if explain and pieces else None
+            return _Prepared(pieces, tuple(errors), image.image_id if image else None, explanation)
+
+    def _check_prompt(self, prompt: str | None) -> None:
+        if prompt is not None and self._config.prompt_policy == "fixed" and prompt != self._config.default_prompt:
+            raise InvalidRequest("this model was trained with one fixed prompt; leave it out", field="prompt", code="prompt_not_allowed")
+
+    def _image(self, request: GroupRequest, reservation: Reservation) -> tuple[EncodedImage | None, int]:
+        """Admit by what the header costs, then decode; a known image is neither decoded nor resized again.
+
+        Returns the image and the tokens that were reserved, an upper bound.
+        """
+        if (request.image is None) == self._encoder.takes_images:
+            raise InvalidRequest("this model needs an image" if request.image is None else "this model takes no image", field="image")
+        if request.image is None:
+            bound = self._encoder.max_tokens(0, request.prompt, request.captions)
+            reservation.add_tokens(bound)
+            return None, bound
+        source = request.image if isinstance(request.image, bytes) else read_image_field(request.image, self._limits)
+        name = source if isinstance(source, str) else image_id(source)
+        known = self._pixel_cache.get(name)
+        num_tokens = known.num_tokens if known else self._encoder.image_tokens(*probe_image(self._bytes(source), self._limits))
+        bound = self._encoder.max_tokens(num_tokens, request.prompt, request.captions)
+        reservation.add_tokens(bound)
+        return known or self._encode_image(self._bytes(source), name), bound
+
+    def _bytes(self, source: bytes | str) -> bytes:
+        data = source if isinstance(source, bytes) else self._image_store.get(source)
+        if data is None:
+            raise ImageUnknown("no image with this id is held; send its bytes")
+        return data
+
+    def _encode_image(self, data: bytes, name: str) -> EncodedImage:
+        """Decoded and resized once, however many ask at the same time."""
+
+        def make() -> EncodedImage:
+            return self._encoder.encode_image(decode_image(data, self._limits, exif_transpose=self._config.image.exif_transpose))
+
+        encoded = self._pixel_cache.get_or_make(name, make)
+        self._image_store.put(name, data)
+        return encoded
+
+    def _split(self, group: EncodedGroup) -> tuple[EncodedGroup, ...]:
+        try:
+            return tuple(split_group(group, self._max_batch_tokens))
+        except ValueError as error:
+            raise TooManyTokens(str(error)) from None
+
+    def _result(self, prepared: _Prepared, jobs: Sequence[Job]) -> GroupResult:
+        done = [job.future.result() for job in jobs]
+        values = iter([value for scores in done for value in scores.values])
+        scores = tuple(next(values) if error is None else None for error in prepared.errors)
+        self._observe(scores)
+        return GroupResult(
+            scores=scores,
+            errors=prepared.errors,
+            image_id=prepared.image_id,
+            num_tokens=sum(item.num_tokens for item in done),
+            num_computed_tokens=sum(item.num_computed_tokens for item in done),
+            truncated_prompt=any(piece.truncated_prompt for piece in prepared.pieces),
+            explanation=prepared.explanation,
+        )
+
+    def _observe(self, scores: Sequence[float | None]) -> None:
+        found = [score for score in scores if score is not None]
+        self._metrics.items.labels("scored").inc(len(found))
+        self._metrics.items.labels("null").inc(len(scores) - len(found))
+        for score in found:
+            self._metrics.scores.observe(score)
+        if len(found) > 1:
+            self._metrics.group_stddev.observe(statistics.pstdev(found))
+
+
+def _raise_first(requests: Sequence[GroupRequest], prepared: Sequence[_Prepared]) -> None:
+    for request, group in zip(requests, prepared, strict=True):
+        for index, error in enumerate(group.errors):
+            if error is not None:
+                where = f"{request.field}.captions[{index}]" if request.field else f"captions[{index}]"
+                raise ItemRejected(error.message, code=error.code, field=where, index=index)
+
+
+def _abandon(jobs: Sequence[Sequence[Job]]) -> None:
+    """Nobody waits for these any more: the planner drops what has not begun; failures of siblings count as seen."""
+    for job in (job for group in jobs for job in group):
+        if not job.future.cancel() and not job.future.cancelled():
+            job.future.exception()
+
+
+def _note_times(jobs: Sequence[Sequence[Job]], timing: Timing) -> None:
+    for job in (job for group in jobs for job in group):
+        timing.add("queue", job.started - job.arrived)
+        timing.add("forward", job.finished - job.started)
+
+
+@contextmanager
+def _deadline_named() -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise DeadlineExceeded("the deadline passed before every score was there") from None
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Put the group's place before the field an error names; a busy server is no fault of a field."""
+    try:
+        yield
+    except RequestError as error:
+        error.field = f"{where}.{error.field}" if where and error.field else error.field or where or None
+        raise
+
+
+@contextmanager
+def _measured(metrics: Metrics, timing: Timing, stage: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    seconds = time.monotonic() - began
+    metrics.stage_duration.labels(stage).observe(seconds)
+    timing.add(stage, seconds)

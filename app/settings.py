@@ -1,0 +1,122 @@
+"""The settings of a server: the only reader of the environment. A typo, a contradiction or a bad range stops the start."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from app.errors import SettingsInvalid
+
+PREFIX = "PUNCHLINE_"
+MIN_KEY_CHARACTERS = 16
+MAX_PIXELS = 89_478_485  # above it Pillow warns of a bomb
+DECODABLE = {"JPEG", "PNG", "WEBP", "BMP", "GIF"}
+
+
+class Settings(BaseSettings):
+    """Read from `PUNCHLINE_*` and from the flags of `punchline serve`; flags win."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    model: str = Field("demo", description="The artifact to serve: a directory, a Hub id (`owner/name@revision`) or `demo`.")
+    base_model: str | None = Field(None, description="Where the base model lies, if not where the artifact says.")
+    offline: bool = Field(False, description="Never ask the Hub; serve from local files and its cache only.")
+    device: str = Field("auto", description="Where to compute: auto, cpu, cuda or cuda:N.", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Number format of the backbone; auto takes the artifact's on a GPU and float32 on a CPU."
+    )
+    lora: Literal["merged", "unmerged"] = Field("merged", description="Fold the adapter into the base at load, or keep it apart.")
+    num_threads: int = Field(0, ge=0, le=512, description="Threads of the matrix library; 0 leaves torch's choice.")
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and logs it.")
+    api_key: SecretStr | None = Field(
+        None, description="Key every route but the probes asks for, as `Authorization: Bearer`; commas separate several."
+    )
+    public_metrics: bool = Field(False, description="Answer /metrics without a key.")
+    require_auth: bool = Field(False, description="Refuse to start without a key.")
+    keep_alive_s: int = Field(75, ge=5, le=3600, description="How long an idle connection stays open; keep it above your clients' pools.")
+    drain_s: int = Field(60, ge=1, le=3600, description="How long a stopping server may take to answer what it accepted.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
+
+    max_body_bytes: int = Field(32 << 20, ge=1024, le=1 << 30, description="Largest request body.")
+    body_timeout_s: float = Field(30.0, gt=0, le=600, description="Time for a request body to arrive.")
+    max_groups: int = Field(16, ge=1, le=1024, description="Groups (images) in one request.")
+    max_captions: int = Field(256, ge=1, le=4096, description="Captions in one request, over all its groups.")
+    max_caption_bytes: int = Field(8192, ge=16, le=1 << 20, description="Size of one caption, UTF-8.")
+    max_prompt_bytes: int = Field(16384, ge=16, le=1 << 20, description="Size of one prompt, UTF-8.")
+    max_image_bytes: int = Field(10 << 20, ge=1024, le=1 << 30, description="Size of one encoded image.")
+    max_image_pixels: int = Field(16_000_000, ge=4096, le=MAX_PIXELS, description="Width times height, read before decoding.")
+    min_image_side: int = Field(16, ge=1, le=4096, description="Shortest side of an image, pixels.")
+    max_image_aspect: float = Field(100.0, ge=1, le=200, description="Longest side over shortest side of an image.")
+    image_formats: str = Field("JPEG,PNG,WEBP", description="Formats that are decoded, comma-separated.")
+
+    max_batch_tokens: int = Field(8192, ge=64, le=1 << 22, description="Tokens that go to the device together.")
+    max_queue_tokens: int = Field(65536, ge=64, le=1 << 24, description="Tokens admitted and not yet answered; more is refused with 503.")
+    max_queue_items: int = Field(4096, ge=1, le=1 << 20, description="Captions admitted and not yet answered; more is refused with 503.")
+    default_timeout_ms: int = Field(10_000, ge=1, le=600_000, description="Deadline of a request that names none.")
+    max_timeout_ms: int = Field(120_000, ge=1, le=600_000, description="Longest deadline a request may ask for.")
+    num_encode_threads: int = Field(2, ge=1, le=64, description="Threads that decode images and tokenise.")
+
+    image_store_bytes: int = Field(256 << 20, ge=0, le=1 << 40, description="Memory for uploaded image bytes, so clients can send ids.")
+    pixel_cache_bytes: int = Field(256 << 20, ge=0, le=1 << 40, description="Memory for decoded and resized images.")
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return tuple(name.strip().upper() for name in self.image_formats.split(",") if name.strip())
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        text = self.api_key.get_secret_value() if self.api_key else ""
+        return tuple(key.strip() for key in text.split(",") if key.strip())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_batch_tokens > self.max_queue_tokens:
+            raise ValueError("max_batch_tokens is larger than max_queue_tokens: such a batch could never gather")
+        if self.max_captions > self.max_queue_items:
+            raise ValueError("max_captions is larger than max_queue_items: such a request could never be admitted")
+        if self.default_timeout_ms > self.max_timeout_ms:
+            raise ValueError("default_timeout_ms is larger than max_timeout_ms")
+        if self.max_image_bytes > self.max_body_bytes:
+            raise ValueError("max_image_bytes is larger than max_body_bytes: such an image could never arrive")
+        if not self.formats or not DECODABLE.issuperset(self.formats):
+            raise ValueError(f"image_formats must name one or more of {', '.join(sorted(DECODABLE))}")
+        self._check_keys()
+        return self
+
+    def _check_keys(self) -> None:
+        if self.api_key is not None and not self.api_keys:
+            raise ValueError("api_key is set and holds no key")
+        if any(len(key) < MIN_KEY_CHARACTERS for key in self.api_keys):
+            raise ValueError(f"api_key must have at least {MIN_KEY_CHARACTERS} characters")
+        if not all(key.isascii() and key.isprintable() and " " not in key for key in self.api_keys):
+            raise ValueError("api_key must be printable ASCII without spaces, or no client could send it")
+        if self.require_auth and not self.api_keys:
+            raise ValueError("require_auth is set and api_key is not")
+
+    def redacted(self) -> dict[str, Any]:
+        """The effective values, secrets masked: for the log and `/info`."""
+        values = self.model_dump(mode="json")
+        values["api_key"] = "***" if self.api_key else None
+        return values
+
+
+def load_settings(**flags: Any) -> Settings:
+    """Settings from flags over environment over defaults. Raises SettingsInvalid naming every fault."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    if unknown := sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known):
+        raise SettingsInvalid(f"unknown setting {', '.join(unknown)}; see `punchline serve --help`")
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        raise SettingsInvalid("; ".join(_fault(item) for item in error.errors(include_input=False, include_url=False))) from None
+
+
+def _fault(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    text = str(item["msg"]).removeprefix("Value error, ")
+    return f"{PREFIX}{where.upper()}: {text}" if where else text

@@ -1,0 +1,562 @@
+"""Hostile bytes in, a bounded RGB picture or our own words out."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image, ImageFile
+
+from app.errors import ApiError, ImageFormatNotAllowed, ImageRejected, ImageTooLarge, UrlNotAllowed
+from app.images import ImageLimits, decode_image, image_id, probe_image, read_image_field, shrink, shrunk_size
+
+LIMITS = ImageLimits(max_bytes=1 << 20, max_pixels=1_000_000, min_side=16, max_aspect=10, formats=("JPEG", "PNG", "WEBP"))
+EVERYTHING = replace(LIMITS, formats=("JPEG", "PNG", "WEBP", "BMP", "GIF"))
+PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+PICTURE = Image.fromarray(PIXELS)
+IMAGE_CODES = {"image_decode_failed", "image_too_large", "image_bad_dimensions", "image_format_not_allowed", "animated_not_allowed"}
+ROWS = b"".join(b"\0" + row.tobytes() for row in PIXELS)  # as a PNG packs them, unfiltered
+
+
+def or_error(read: Callable[..., Any], *arguments: Any) -> Any:
+    """What a reader gives, or our own refusal; any other exception is a failure of the test."""
+    try:
+        return read(*arguments)
+    except ApiError as error:
+        return error
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def pixels(data: bytes, *, exif_transpose: bool = False, limits: ImageLimits = LIMITS) -> NDArray[np.uint8]:
+    return decode_image(data, limits, exif_transpose=exif_transpose).pixels
+
+
+def refusal(data: bytes, limits: ImageLimits = LIMITS) -> ApiError:
+    """The error of decoding, which must be ours and hold nothing of Pillow's."""
+    with pytest.raises(ApiError) as caught:
+        pixels(data, exif_transpose=True, limits=limits)
+    assert re.search(r"0x[0-9a-f]{4}|BytesIO|object at|PIL", str(caught.value)) is None
+    assert caught.value.__suppress_context__ or caught.value.__cause__ is None
+    return caught.value
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, *, packed: bytes = zlib.compress(b""), depth: int = 8, colour: int = 2, extra: bytes = b"") -> bytes:
+    """A PNG by hand, so that its header can say anything."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+def webp_canvas(width: int, height: int) -> bytes:
+    """An animated WEBP whose header claims this canvas."""
+    data = bytearray(saved(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.transpose(Image.Transpose.FLIP_TOP_BOTTOM)]))
+    at = data.index(b"VP8X") + 12
+    data[at : at + 6] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return bytes(data)
+
+
+# ---- the field
+
+
+BYTES = b"any bytes at all"
+BASE64 = base64.b64encode(BYTES).decode()
+ID = "sha256:" + "0a" * 32
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (BASE64, BYTES),
+        ("", b""),
+        (f"data:image/png;base64,{BASE64}", BYTES),
+        (f"DATA:Image/X-Anything.v2+z;BASE64,{BASE64}", BYTES),
+        ("data:image/png;base64,", b""),
+        (ID, ID),
+    ],
+)
+def test_accepted_forms_of_the_field(text: str, found: bytes | str) -> None:
+    assert read_image_field(text, LIMITS) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "code"),
+    [
+        (BASE64[:-1], ImageRejected, "bad_base64"),
+        (BASE64 + "=", ImageRejected, "bad_base64"),
+        (BASE64[:8] + "\n" + BASE64[8:], ImageRejected, "bad_base64"),
+        (BASE64 + "\n", ImageRejected, "bad_base64"),
+        (" " + BASE64, ImageRejected, "bad_base64"),
+        ("!" + BASE64, ImageRejected, "bad_base64"),
+        ("_-_-", ImageRejected, "bad_base64"),
+        ("é===", ImageRejected, "bad_base64"),
+        ("=", ImageRejected, "bad_base64"),
+        ("\0", ImageRejected, "bad_base64"),
+        ("/etc/passwd", ImageRejected, "bad_base64"),
+        ("../cartoon.png", ImageRejected, "bad_base64"),
+        ("data:text/plain;base64," + BASE64, ImageRejected, "bad_base64"),
+        ("data:image/png," + BASE64, ImageRejected, "bad_base64"),
+        ("data:image/png;charset=x;base64," + BASE64, ImageRejected, "bad_base64"),
+        ("data:;base64," + BASE64, ImageRejected, "bad_base64"),
+        ("data:" + BASE64, ImageRejected, "bad_base64"),
+        ("data:image/png;base64,data:image/png;base64," + BASE64, ImageRejected, "bad_base64"),
+        (ID.upper(), ImageRejected, "bad_image_id"),
+        (ID[:-1], ImageRejected, "bad_image_id"),
+        (ID + "0", ImageRejected, "bad_image_id"),
+        (ID + "\n", ImageRejected, "bad_image_id"),
+        ("sha256:", ImageRejected, "bad_image_id"),
+        ("file:///etc/passwd", ImageRejected, "url_scheme_not_allowed"),
+        ("ftp://host/x", ImageRejected, "url_scheme_not_allowed"),
+        ("gopher://host/x", ImageRejected, "url_scheme_not_allowed"),
+        ("javascript:alert(1)", ImageRejected, "url_scheme_not_allowed"),
+        ("md5:" + "0" * 32, ImageRejected, "url_scheme_not_allowed"),
+        ("c:\\cartoon.png", ImageRejected, "url_scheme_not_allowed"),
+        *[
+            (f"{scheme}://{host}/x.png", UrlNotAllowed, "url_not_allowed")
+            for scheme in ("http", "HTTPS")
+            for host in ("example.org", "127.0.0.1", "127.1", "2130706433", "[::1]", "169.254.169.254", "user@127.0.0.1", "localhost.")
+        ],
+        ("http://127.0.0.1:6666\\@1.1.1.1/", UrlNotAllowed, "url_not_allowed"),
+        ("http:", UrlNotAllowed, "url_not_allowed"),
+    ],
+)  # fmt: skip
+def test_refused_forms_of_the_field(text: str, kind: type[ApiError], code: str) -> None:
+    with pytest.raises(kind) as caught:
+        read_image_field(text, LIMITS)
+    assert (caught.value.code, caught.value.field) == (code, "image")
+    assert caught.value.status == (403 if code == "url_not_allowed" else 422)
+    assert "passwd" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
+def test_base64_is_measured_before_it_is_decoded(prefix: str) -> None:
+    exactly = base64.b64encode(b"x" * LIMITS.max_bytes).decode()
+    assert read_image_field(prefix + exactly, LIMITS) == b"x" * LIMITS.max_bytes
+    with pytest.raises(ImageTooLarge):
+        read_image_field(prefix + "!" * (len(exactly) + 8), LIMITS)  # not even base64: its size comes first
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    found = or_error(read_image_field, text, LIMITS)
+    if isinstance(found, ApiError):
+        assert found.code in {"bad_base64", "bad_image_id", "url_scheme_not_allowed", "url_not_allowed"}
+    else:
+        assert isinstance(found, bytes) or text == found
+
+
+# ---- formats
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_allowed_formats(kind: str) -> None:
+    data = saved(PICTURE, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    decoded = decode_image(data, LIMITS, exif_transpose=False)
+    assert (decoded.width, decoded.height) == probe_image(data, LIMITS) == (64, 48)
+    assert decoded.image_id == image_id(data)
+    assert decoded.pixels.dtype == np.uint8
+    assert decoded.pixels.shape == (48, 64, 3)
+    assert kind == "JPEG" or np.array_equal(decoded.pixels, PIXELS)
+
+
+def _heads() -> dict[str, bytes]:
+    names = ("TIFF", "ICO", "JPEG2000", "GIF", "BMP", "PDF", "EPS")
+    made = {name: saved(PICTURE, name) for name in names}
+    return made | {
+        "MPO": saved(PICTURE, "MPO", save_all=True, append_images=[PICTURE]),
+        "AVIF": b"\0\0\0\x20ftypavif" + bytes(64),
+        "HEIC": b"\0\0\0\x20ftypheic" + bytes(64),
+        "PSD": b"8BPS\0\1" + bytes(64),
+        "FITS": b"SIMPLE  =                    T" + bytes(64),
+        "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "XML": b"<?xml version='1.0'?><svg/>",
+        "big-endian TIFF": b"MM\0*" + bytes(64),
+        "JPEG XL": b"\xff\x0a" + bytes(64),
+        "JPEG 2000 stream": b"\xff\x4f\xff\x51" + bytes(64),
+    }
+
+
+@pytest.mark.parametrize("name", _heads())
+def test_other_formats_are_named_as_such(name: str) -> None:
+    error = refusal(_heads()[name])
+    assert isinstance(error, ImageFormatNotAllowed)
+    assert (error.status, error.code, str(error)) == (415, "image_format_not_allowed", "allowed image formats: JPEG, PNG, WEBP")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_the_list_decides_and_nothing_else(kind: str) -> None:
+    data = saved(PICTURE, kind)
+    assert pixels(data, limits=replace(LIMITS, formats=(kind,))).shape == (48, 64, 3)
+    others = tuple(name for name in EVERYTHING.formats if name != kind)
+    assert isinstance(refusal(data, replace(LIMITS, formats=others)), ImageFormatNotAllowed)
+    assert refusal(data[: len(data) // 3], replace(LIMITS, formats=(kind,))).code == "image_decode_failed"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\0", b"x" * 1000, b"<html>not found</html>", b"P6 64 48 255 " + bytes(64 * 48 * 3), b"RIFF\0\0\0\0WAVE", b"\x89PNG\r\n\x1a\n"],
+)
+def test_what_is_no_image(data: bytes) -> None:
+    error = refusal(data)
+    assert (error.status, error.code, error.field) == (422, "image_decode_failed", "image")
+
+
+# ---- truncated and corrupt
+
+
+ENCODED = {
+    "PNG": saved(PICTURE, "PNG"),
+    "PNG palette": saved(PICTURE.quantize(16), "PNG"),
+    "JPEG": saved(PICTURE, "JPEG"),
+    "JPEG progressive": saved(PICTURE, "JPEG", progressive=True),
+    "WEBP": saved(PICTURE, "WEBP"),
+    "WEBP lossless": saved(PICTURE, "WEBP", lossless=True),
+    "WEBP with alpha": saved(PICTURE.convert("RGBA"), "WEBP"),
+    "GIF": saved(PICTURE, "GIF"),
+    "BMP": saved(PICTURE, "BMP"),
+}
+
+
+@pytest.mark.parametrize("name", ENCODED)
+@pytest.mark.parametrize("percent", range(0, 100, 5))
+def test_a_truncated_file_is_never_a_grey_picture(name: str, percent: int) -> None:
+    data = ENCODED[name]
+    error = refusal(data[: len(data) * percent // 100], EVERYTHING)
+    assert (error.status, error.code) == (422, "image_decode_failed")
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("missing", [5, 8, 13, 21, 64])
+def test_a_file_without_its_last_bytes_is_refused(name: str, missing: int) -> None:
+    assert refusal(ENCODED[name][:-missing]).code == "image_decode_failed"
+
+
+def test_no_flipped_byte_of_a_png_changes_its_picture_unseen() -> None:
+    data = saved(PICTURE.resize((16, 16)), "PNG")
+    original, num_refused = pixels(data), 0
+    for at in range(len(data)):
+        flipped = data[:at] + bytes([data[at] ^ 0x40]) + data[at + 1 :]
+        try:
+            assert np.array_equal(pixels(flipped), original)
+        except ApiError:
+            num_refused += 1
+    assert num_refused >= len(data) - 12  # the end mark carries no pixels
+
+
+@pytest.mark.parametrize("cut", [5, 100, 4000])  # the last four bytes are a checksum
+def test_a_png_whose_chunks_are_whole_and_whose_pixels_are_cut_is_refused(cut: int) -> None:
+    whole = zlib.compress(ROWS)
+    assert np.array_equal(pixels(png(64, 48, packed=whole)), PIXELS)
+    assert refusal(png(64, 48, packed=whole[:-cut])).code == "image_decode_failed"
+    assert refusal(png(64, 48)).code == "image_decode_failed"
+
+
+def test_a_switch_that_would_let_truncated_files_through_stops_us() -> None:
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        with pytest.raises(RuntimeError, match="LOAD_TRUNCATED_IMAGES"):
+            pixels(ENCODED["PNG"])
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP"])
+def test_what_follows_the_picture_is_ignored_and_still_in_its_id(name: str) -> None:
+    for tail in (b"\0" * 100, b"<script>", ENCODED["PNG"]):
+        longer = ENCODED[name] + tail
+        assert np.array_equal(pixels(longer), pixels(ENCODED[name]))
+        assert image_id(longer) != image_id(ENCODED[name])
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(sorted(ENCODED)), st.integers(0, 10_000), st.binary(min_size=1, max_size=4))
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of broken metadata; what counts is the answer
+def test_any_damage_is_a_picture_or_our_refusal(name: str, at: int, noise: bytes) -> None:
+    data = ENCODED[name]
+    at %= len(data)
+    damaged = data[:at] + noise + data[at + len(noise) :]
+    size = or_error(probe_image, damaged, EVERYTHING)
+    found = or_error(lambda: pixels(damaged, limits=EVERYTHING))
+    if isinstance(found, ApiError):
+        assert found.code in IMAGE_CODES
+    else:
+        assert found.shape == (size[1], size[0], 3)
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize("size", [(50_000, 50_000), (10_000, 10_000), (9_400, 9_400), (2**31 - 1, 2**31 - 1), (1001, 1000)])
+def test_a_bomb_is_refused_from_its_header(size: tuple[int, int]) -> None:
+    data = png(*size)
+    assert len(data) < 100
+    for found in (refusal(data), _probe_refusal(data)):
+        assert (found.status, found.code) == (413, "image_too_large")
+        assert str(found) == "the image has more than 1000000 pixels"
+
+
+def _probe_refusal(data: bytes) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        probe_image(data, LIMITS)
+    return caught.value
+
+
+@pytest.mark.parametrize("size", [(16_383, 16_383), (65_535, 65_535), (9_500, 9_500), (5_000, 500)])
+def test_a_webp_bomb_is_refused_from_its_header(size: tuple[int, int]) -> None:
+    assert refusal(webp_canvas(*size)).code == "image_too_large"
+
+
+def test_an_image_of_exactly_the_pixel_limit_is_decoded() -> None:
+    data = saved(Image.new("L", (1000, 1000)), "PNG")
+    assert probe_image(data, LIMITS) == (1000, 1000)
+    assert pixels(data).shape == (1000, 1000, 3)
+
+
+def test_the_encoded_size_is_limited_before_anything_is_read() -> None:
+    error = refusal(b"\x89PNG" + bytes(LIMITS.max_bytes))
+    assert (error.status, str(error)) == (413, f"the image is larger than {LIMITS.max_bytes} bytes")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (15, 16), (16, 15), (161, 16), (16, 161), (1, 10_000), (10_000, 1)])
+def test_bad_dimensions(size: tuple[int, int]) -> None:
+    error = refusal(png(*size))
+    assert (error.status, error.code) == (422, "image_bad_dimensions")
+
+
+@pytest.mark.parametrize("size", [(0, 64), (64, 0), (0, 0)])
+def test_no_side_may_be_nothing(size: tuple[int, int]) -> None:
+    assert refusal(png(*size)).status == 422
+
+
+@pytest.mark.parametrize("size", [(16, 16), (160, 16), (16, 160)])
+def test_dimensions_exactly_at_the_limits(size: tuple[int, int]) -> None:
+    assert probe_image(saved(Image.new("RGB", size), "PNG"), LIMITS) == size
+
+
+def test_probing_decodes_nothing() -> None:
+    header_only = png(1000, 1000)  # no pixel follows
+    assert probe_image(header_only, LIMITS) == (1000, 1000)
+    assert probe_image(ENCODED["JPEG"][:700], LIMITS) == (64, 48)
+    assert refusal(header_only).code == "image_decode_failed"
+
+
+# ---- animation
+
+
+def _animated(kind: str) -> bytes:
+    frames = [PICTURE, PICTURE.transpose(Image.Transpose.FLIP_TOP_BOTTOM), PICTURE.rotate(180)]
+    return saved(frames[0], kind, save_all=True, append_images=frames[1:], duration=20)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_animated_images_are_refused(kind: str) -> None:
+    error = refusal(_animated(kind), EVERYTHING)
+    assert (error.status, error.code) == (422, "animated_not_allowed")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_one_frame_is_no_animation(kind: str) -> None:
+    data = saved(PICTURE, kind, save_all=True)
+    assert pixels(data, limits=EVERYTHING).shape == (48, 64, 3)
+
+
+def test_frames_that_are_not_there_are_an_animation_or_a_refusal() -> None:
+    claims_five = png(64, 48, extra=chunk(b"acTL", struct.pack(">II", 5, 0)))
+    assert refusal(claims_five).code == "animated_not_allowed"
+    cut = _animated("GIF")
+    assert all(refusal(cut[:end], EVERYTHING).status == 422 for end in range(20, len(cut), len(cut) // 20))
+
+
+# ---- modes
+
+
+def _grey16() -> bytes:
+    ramp = np.linspace(0, 65535, 64 * 48).astype(">u2").reshape(48, 64)
+    rows = b"".join(b"\0" + row.tobytes() for row in ramp)
+    return png(64, 48, packed=zlib.compress(rows), depth=16, colour=0)
+
+
+ALPHA = PICTURE.copy()
+ALPHA.putalpha(Image.new("L", PICTURE.size, 90))
+GREY = PICTURE.convert("L")
+PALETTE = PICTURE.quantize(16)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (saved(PICTURE, "PNG"), PICTURE),
+        (saved(ALPHA, "PNG"), PICTURE),
+        (saved(ALPHA, "WEBP", lossless=True, exact=True), PICTURE),
+        (saved(ALPHA.convert("LA"), "PNG"), GREY),
+        (saved(GREY, "PNG"), GREY),
+        (saved(GREY, "PNG", transparency=7), GREY),
+        (saved(PICTURE, "PNG", transparency=(1, 2, 3)), PICTURE),
+        (saved(PALETTE, "PNG"), PALETTE),
+        (saved(PALETTE, "PNG", transparency=3), PALETTE),
+        (saved(PALETTE, "PNG", transparency=bytes(range(16))), PALETTE),
+        (saved(PICTURE.convert("1"), "PNG"), PICTURE.convert("1")),
+    ],
+    ids=["RGB", "RGBA", "RGBA WEBP", "LA", "L", "L+tRNS", "RGB+tRNS", "P", "P+tRNS", "P+tRNS bytes", "1"],
+)
+def test_every_mode_becomes_rgb_and_alpha_is_dropped(data: bytes, expected: Image.Image) -> None:
+    assert np.array_equal(pixels(data), np.asarray(expected.convert("RGB")))
+
+
+def test_cmyk_is_converted() -> None:
+    found = pixels(saved(Image.new("CMYK", (64, 48), (255, 0, 0, 0)), "JPEG"))
+    assert np.abs(found.astype(int) - [0, 255, 255]).max() <= 4
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped_to_white() -> None:
+    found = pixels(_grey16())
+    expected = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64) >> 8
+    assert np.array_equal(found[..., 0], expected)
+    assert np.array_equal(found[..., 1], found[..., 2])
+    assert len(np.unique(found)) == 256
+
+
+def test_sixteen_bit_colour_keeps_its_high_byte() -> None:
+    rows = b"".join(b"\0" + np.repeat(row.reshape(-1), 2).tobytes() for row in PIXELS)  # each byte twice: high and low
+    assert np.array_equal(pixels(png(64, 48, packed=zlib.compress(rows), depth=16)), PIXELS)
+
+
+def test_pixels_are_the_same_every_time_and_shared_with_nobody() -> None:
+    first, second = pixels(ENCODED["JPEG"]), pixels(ENCODED["JPEG"])
+    assert np.array_equal(first, second)
+    assert not np.shares_memory(first, second)
+
+
+# ---- EXIF and other metadata
+
+
+def _turned(orientation: int, kind: str = "PNG") -> bytes:
+    """A file whose pixels lie as a camera would leave them, so that turning gives PIXELS."""
+    undo = {
+        1: PICTURE,
+        2: PICTURE.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: PICTURE.transpose(Image.Transpose.ROTATE_180),
+        4: PICTURE.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: PICTURE.transpose(Image.Transpose.TRANSPOSE),
+        6: PICTURE.transpose(Image.Transpose.ROTATE_90),
+        7: PICTURE.transpose(Image.Transpose.TRANSVERSE),
+        8: PICTURE.transpose(Image.Transpose.ROTATE_270),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    return saved(undo.get(orientation, PICTURE), kind, exif=exif.tobytes(), **options)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_eight_turns_give_the_upright_picture(orientation: int, kind: str) -> None:
+    data = _turned(orientation, kind)
+    assert np.array_equal(pixels(data, exif_transpose=True), PIXELS)
+    assert np.array_equal(pixels(data), PIXELS) == (orientation == 1)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_a_turn_that_does_not_exist_is_none(orientation: int) -> None:
+    assert np.array_equal(pixels(_turned(orientation), exif_transpose=True), PIXELS)
+
+
+def test_a_jpeg_is_turned_too() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(PICTURE, "JPEG", exif=exif.tobytes(), quality=95)
+    upright = np.asarray(Image.fromarray(pixels(data)).transpose(Image.Transpose.ROTATE_270))
+    assert np.array_equal(pixels(data, exif_transpose=True), upright)
+
+
+ORIENTATION_AS_TEXT = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0six\0\0\0\0\0"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's "Corrupt EXIF data"
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0" + b"garbage" * 5000,
+        b"Exif\0\0II*\0" + b"\xff" * 5000,
+        b"Exif\0\0",
+        b"Exif\0\0MM\0*\0\0\0\x08\xff\xff",
+        ORIENTATION_AS_TEXT,
+    ],
+)
+def test_broken_exif_is_no_reason_to_refuse_a_picture(exif: bytes, kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = saved(PICTURE, kind, exif=exif, **options)
+    assert np.array_equal(pixels(data, exif_transpose=True), pixels(saved(PICTURE, kind, **options)))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"iCCP", b"profile\0\0garbage"),
+        chunk(b"iCCP", b"profile\0\0" + zlib.compress(b"garbage" * 1000)),
+        chunk(b"tEXt", b"Comment\0" + b"x" * 500_000),
+        chunk(b"gAMA", struct.pack(">I", 1)) + chunk(b"pHYs", struct.pack(">IIB", 0, 0, 1)),
+        chunk(b"prVt", b"anything"),
+    ],
+    ids=["broken profile", "wrong profile", "long text", "gamma", "private"],
+)
+def test_other_metadata_is_ignored(extra: bytes) -> None:
+    assert np.array_equal(pixels(png(64, 48, packed=zlib.compress(ROWS), extra=extra)), PIXELS)
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_a_bomb_in_the_metadata_is_contained(kind: bytes) -> None:
+    bomb = chunk(kind, b"name\0\0" + zlib.compress(bytes(20 << 20)))
+    assert refusal(png(64, 48, packed=zlib.compress(ROWS), extra=bomb)).status == 422
+
+
+# ---- shrinking
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(28, 1000))
+def test_the_size_without_pixels_is_the_size_with_pixels(width: int, height: int, long_edge: int) -> None:
+    height = max(1, min(height, 100_000 // width))  # many shapes, few pixels
+    image = shrink(np.zeros((height, width, 3), np.uint8), long_edge, "bilinear")
+    assert shrunk_size(width, height, long_edge) == image.size
+    assert max(image.size) == min(long_edge, max(width, height))
+
+
+@pytest.mark.parametrize("size", [(448, 448), (448, 1), (10, 20), (4000, 3)])
+def test_without_a_long_edge_or_below_it_nothing_changes(size: tuple[int, int]) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(shrink(image, None, "lanczos")), image)
+    assert shrunk_size(*size, None) == size
+    assert size[0] > 448 or np.array_equal(np.asarray(shrink(image, 448, "lanczos")), image)
+
+
+@pytest.mark.parametrize("resample", ["lanczos", "bicubic", "bilinear"])
+def test_shrinking_is_pillows_thumbnail(resample: str) -> None:
+    expected = PICTURE.copy()
+    expected.thumbnail((28, 28), Image.Resampling[resample.upper()])
+    assert np.array_equal(np.asarray(shrink(PIXELS, 28, resample)), np.asarray(expected))
+
+
+def test_an_id_is_the_digest_of_the_encoded_bytes() -> None:
+    assert image_id(b"") == "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    flat, tall = Image.new("RGB", (30, 100)), Image.new("RGB", (100, 30))
+    assert image_id(saved(flat, "PNG")) != image_id(saved(tall, "PNG"))

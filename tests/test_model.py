@@ -1,0 +1,379 @@
+"""Loading: LoRA arithmetic, every part that must be refused, and the gradients that training relies on."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModel, Qwen2Config, Qwen2Model
+
+from app.artifacts import Artifact, base_sha256, open_artifact
+from app.contracts import EncodedGroup
+from app.encoding import Encoder
+from app.errors import ArtifactInvalid
+from app.heads import LinearHead
+from app.model import LoadedModel, RewardModel, load_backbone, load_model, resolve_device, resolve_dtype
+from app.packing import pack
+from app.scoring import score_plain, score_shared
+from tests.tiny import copy_artifact, edit_json, edit_tensors, encode
+
+CAPTIONS = ["the penguin", "an iceberg, they said", "企鵝 <|im_end|>", "", "the penguin again and again, at length"]
+Tensors = dict[str, torch.Tensor]
+Damage = Callable[[Path], object]
+ADAPTER = "backbone_adapter/adapter_model.safetensors"
+ADAPTER_CONFIG = "backbone_adapter/adapter_config.json"
+BASE = "../base/model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def unmerged(artifact: Artifact) -> LoadedModel:
+    return load_model(artifact, lora="unmerged")
+
+
+@pytest.fixture(scope="module")
+def groups(encoder: Encoder) -> list[EncodedGroup]:
+    return [
+        encode(encoder, (300, 200), 0, CAPTIONS),
+        encode(encoder, (120, 260), 1, CAPTIONS[:2], "Be kind."),
+        encode(encoder, (300, 200), 0, ["x"]),
+    ]
+
+
+def values(scores: list) -> np.ndarray:
+    return np.concatenate([each.values for each in scores])
+
+
+def test_merged_and_unmerged_score_the_same(loaded: LoadedModel, unmerged: LoadedModel, groups: list[EncodedGroup]) -> None:
+    for score in (score_shared, score_plain):
+        merged, apart = values(score(loaded.model, groups)), values(score(unmerged.model, groups))
+        assert np.abs(merged - apart).max() <= 1e-5
+    assert loaded.fingerprint != unmerged.fingerprint
+
+
+def test_the_adapter_changes_the_scores(artifact: Artifact, loaded: LoadedModel, groups: list[EncodedGroup]) -> None:
+    bare = RewardModel(load_backbone(artifact, torch.float32), loaded.model.head).eval()
+    assert np.abs(values(score_shared(bare, groups)) - values(score_shared(loaded.model, groups))).max() > 1e-2
+
+
+def weights(model: RewardModel) -> Tensors:
+    return dict(model.backbone.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_sums_in_float32_and_rounds_once(artifact: Artifact, dtype: torch.dtype) -> None:
+    """Every merged weight is the exact sum rounded to the base's format; every other weight is the base's."""
+    ours = weights(load_model(artifact, dtype="float32" if dtype == torch.float32 else "bfloat16").model)
+    untouched = weights(RewardModel(load_backbone(artifact, dtype), LinearHead(8)))
+    deltas = deltas_of(PeftModel.from_pretrained(AutoModel.from_pretrained(artifact.base_path, dtype=dtype), artifact.adapter_path))
+    assert len(deltas) > 10
+    assert set(ours) == set(untouched)
+    for name, weight in untouched.items():
+        wanted = (weight.float() + deltas[name]).to(dtype) if name in deltas else weight
+        assert torch.equal(ours[name], wanted)
+
+
+def deltas_of(model: PeftModel) -> Tensors:
+    """scaling * B @ A in float32, by the formula."""
+    scaling = model.peft_config["default"].lora_alpha / model.peft_config["default"].r
+    found = {}
+    for name, module in model.get_base_model().named_modules():
+        if hasattr(module, "lora_A"):
+            found[f"{name}.weight"] = scaling * (module.lora_B["default"].weight.float() @ module.lora_A["default"].weight.float())
+    return found
+
+
+def test_bfloat16_shared_and_plain_agree_to_its_precision(artifact: Artifact, groups: list[EncodedGroup]) -> None:
+    """bfloat16 keeps 8 bits: two layers of it move scores of size one by about 2^-6. Equal captions still get equal bits."""
+    model = load_model(artifact, dtype="bfloat16").model
+    shared, plain = values(score_shared(model, groups)), values(score_plain(model, groups))
+    exact = values(score_plain(load_model(artifact).model, groups))
+    assert np.abs(shared - plain).max() <= 2e-2
+    assert np.abs(shared - exact).max() <= 6e-2
+    assert {parameter.dtype for parameter in model.backbone.parameters()} == {torch.bfloat16}
+    assert model.head.linear.weight.dtype == torch.float32
+
+
+def test_gradients_of_packed_and_plain_are_equal(artifact: Artifact, groups: list[EncodedGroup]) -> None:
+    """What training relies on: one packed forward gives every LoRA weight and the head the gradient of separate forwards."""
+    model = load_model(artifact, lora="unmerged").model
+    trained = {name: each for name, each in model.named_parameters() if "lora_" in name or name.startswith("head.")}
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    packed = gradients(model, trained, packed_scores(model, groups[:2]))
+    plain = gradients(model, trained, plain_scores(model, groups[:2]))
+    assert len(packed) == len(trained) > 40
+    for name, gradient in packed.items():
+        scale = float(plain[name].abs().max())
+        assert scale > 0, name
+        assert float((gradient - plain[name]).abs().max()) <= 1e-4 * scale, name
+
+
+def gradients(model: RewardModel, trained: Tensors, scores: torch.Tensor) -> Tensors:
+    """Of a sum with different weights, so that swapped rows would show."""
+    model.zero_grad(set_to_none=True)
+    (scores * torch.linspace(1, 2, len(scores))).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in trained.items() if parameter.grad is not None}
+
+
+def packed_scores(model: RewardModel, groups: list[EncodedGroup]) -> torch.Tensor:
+    packed = pack(groups, image_token_id=model.image_token_id, merge_size=model.merge_size, device=model.device)
+    return model(packed)[[row for rows in packed.rows_of for row in rows]]
+
+
+def plain_scores(model: RewardModel, groups: list[EncodedGroup]) -> torch.Tensor:
+    scores = []
+    for group in groups:
+        assert group.image is not None
+        pixels, grid = torch.from_numpy(group.image.patches), torch.tensor([group.image.grid_thw])
+        scores += [model.forward_plain(torch.from_numpy(row)[None], pixels, grid) for row in group.rows]
+    return torch.cat(scores)
+
+
+def test_loaded_models_are_frozen_and_in_evaluation(loaded: LoadedModel, unmerged: LoadedModel) -> None:
+    for model in (loaded.model, unmerged.model):
+        assert not any(module.training for module in model.modules())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any("lora" in name for name, _ in loaded.model.named_parameters())
+    assert any("lora" in name for name, _ in unmerged.model.named_parameters())
+
+
+def test_the_vision_tower_keeps_sdpa(loaded: LoadedModel, unmerged: LoadedModel) -> None:
+    for model in (loaded.model, unmerged.model):
+        assert model.backbone.visual.config._attn_implementation == "sdpa"
+        assert model.backbone.language_model.config._attn_implementation == "punchline_shared_prefix"
+
+
+def test_loading_twice_gives_equal_bits(artifact: Artifact, loaded: LoadedModel, groups: list[EncodedGroup]) -> None:
+    again = load_model(artifact)
+    assert again.fingerprint == loaded.fingerprint
+    assert score_shared(again.model, groups) == score_shared(loaded.model, groups) == score_shared(loaded.model, groups)
+
+
+def test_loading_leaves_one_copy_of_the_weights(artifact: Artifact) -> None:
+    """Nothing of the adapter, of a second base or of half-read files stays behind."""
+    gc.collect()
+    before = num_tensor_bytes()
+    model = load_model(artifact).model
+    gc.collect()
+    own = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+    assert num_tensor_bytes() - before <= 1.02 * own
+
+
+def num_tensor_bytes() -> int:
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+
+
+def adapter(change: Callable[[Tensors], object]) -> Damage:
+    return lambda root: edit_tensors(root / ADAPTER, change)
+
+
+def adapter_config(**changes: object) -> Damage:
+    return lambda root: edit_json(root / ADAPTER_CONFIG, **changes)
+
+
+def base(change: Callable[[Tensors], object]) -> Damage:
+    return lambda root: edit_tensors(root / BASE, change)
+
+
+def cut(name: str, keep: float) -> Damage:
+    return lambda root: (root / name).write_bytes((data := (root / name).read_bytes())[: int(len(data) * keep)])
+
+
+def text(name: str, content: str) -> Damage:
+    return lambda root: (root / name).write_text(content)
+
+
+def fill(part: str, value: float) -> Callable[[Tensors], object]:
+    """Set every element of the first tensor whose name holds `part`."""
+    return lambda tensors: tensors[min(name for name in tensors if part in name)].fill_(value)
+
+
+def spoil(part: str, value: float) -> Callable[[Tensors], object]:
+    """Set one element."""
+    return lambda tensors: tensors[min(name for name in tensors if part in name)].view(-1)[3:4].fill_(value)
+
+
+def remove(part: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.pop(min(name for name in tensors if part in name))
+
+
+def other_family(root: Path) -> None:
+    config = Qwen2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16, vocab_size=420
+    )
+    shutil.rmtree(root / "../base")
+    Qwen2Model(config).save_pretrained(root / "../base")
+    edit_json(root / "../base/config.json", image_token_id=410)
+
+
+def other_rank(root: Path) -> None:
+    """An adapter of rank 2 under a configuration that says 4."""
+    save_adapter(root, LoraConfig(r=2, lora_alpha=8, target_modules="all-linear", bias="none"))
+    edit_json(root / ADAPTER_CONFIG, r=4)
+
+
+def save_adapter(root: Path, config: LoraConfig) -> None:
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModel.from_pretrained(root / "../base", dtype=torch.float32), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.05)
+    model.save_pretrained(root / "backbone_adapter", save_embedding_layers=False)
+
+
+def lora(**options: object) -> Damage:
+    return lambda root: save_adapter(root, LoraConfig(r=4, lora_alpha=8, **({"target_modules": ["q_proj"]} | options)))
+
+
+def hub_names(root: Path) -> None:
+    edit_json(root / "reward_model_config.json", base_model_name="Qwen/Qwen2.5-VL-3B-Instruct")
+    edit_json(root / ADAPTER_CONFIG, base_model_name_or_path="Qwen/Qwen2.5-VL-7B-Instruct")
+
+
+FAULTS: dict[str, tuple[Damage, str]] = {
+    "an adapter key missing": (
+        adapter(remove("lora_A")),
+        r"adapter_model.safetensors: 1 missing adapter keys, first base_model.*lora_A.weight",
+    ),
+    "half the adapter missing": (
+        adapter(lambda tensors: [tensors.pop(name) for name in list(tensors) if "visual" in name]),
+        "missing adapter keys",
+    ),
+    "an unexpected adapter key": (
+        adapter(lambda tensors: tensors.update({"base_model.model.extra.lora_A.weight": torch.ones(4, 4)})),
+        "1 unexpected adapter keys, first base_model.model.extra.lora_A.weight",
+    ),
+    "older names of the backbone": (
+        adapter(
+            lambda tensors: [tensors.__setitem__(name.replace("language_model", "model"), tensors.pop(name)) for name in list(tensors)]
+        ),
+        "missing adapter keys",
+    ),
+    "an empty adapter": (adapter(dict.clear), "holds no tensors"),
+    "a truncated adapter": (cut(ADAPTER, 0.7), r"adapter_model.safetensors: cannot be read"),
+    "an adapter of zero bytes": (cut(ADAPTER, 0), r"adapter_model.safetensors: cannot be read"),
+    "an untrained adapter": (adapter(fill("lora_B", 0.0)), "lora_B.weight is all zero"),
+    "a zero lora_A": (adapter(fill("lora_A", 0.0)), "lora_A.weight is all zero"),
+    "a NaN in the adapter": (adapter(spoil("lora_B", float("nan"))), "lora_B.weight is not finite"),
+    "an infinity in the adapter": (adapter(spoil("lora_A", float("inf"))), "lora_A.weight is not finite"),
+    "an adapter of another rank": (other_rank, r"backbone_adapter: adapter does not fit the base .*torch.Size\(\[2, "),
+    "an adapter of another width": (
+        adapter(
+            lambda tensors: [tensors.__setitem__(name, tensors[name][:, :3].contiguous()) for name in tensors if "q_proj.lora_A" in name]
+        ),
+        "adapter does not fit the base",
+    ),
+    "an adapter for another base": (hub_names, "adapter for Qwen/Qwen2.5-VL-7B-Instruct, configuration names Qwen/Qwen2.5-VL-3B-Instruct"),
+    "broken adapter configuration": (text(ADAPTER_CONFIG, "{"), "adapter_config.json: cannot be read"),
+    "an adapter configuration that is a list": (text(ADAPTER_CONFIG, "[]"), "adapter_config.json: expected peft_type 'LORA', found 'list'"),
+    "an adapter configuration without a type": (text(ADAPTER_CONFIG, "{}"), "expected peft_type 'LORA', found None"),
+    "another kind of adapter": (adapter_config(peft_type="IA3"), "expected peft_type 'LORA', found 'IA3'"),
+    "a rank that is no number": (adapter_config(r="many"), "backbone_adapter: adapter does not fit the base"),
+    "a key peft would ignore": (adapter_config(new_scaling=2.0), "peft [0-9.]+ does not know new_scaling"),
+    "a start that changes the base": (adapter_config(init_lora_weights="pissa"), "init_lora_weights 'pissa' changes the base"),
+    "DoRA": (lora(use_dora=True), "expected plain LoRA on linear layers"),
+    "a trained bias": (lora(bias="lora_only"), "expected plain LoRA on linear layers"),
+    "LoRA on embeddings": (lora(target_modules=["embed_tokens"]), "expected plain LoRA on linear layers"),
+    "LoRA on convolutions": (lora(target_modules=["patch_embed.proj"]), "expected plain LoRA on linear layers"),
+    "whole modules saved": (lora(modules_to_save=["norm"]), "expected plain LoRA on linear layers"),
+    "targets that do not exist": (adapter_config(target_modules=["no_such_layer"]), "backbone_adapter: adapter does not fit the base"),
+    "the wrong base by its hash": (
+        lambda root: edit_json(root / "reward_model_config.json", base_model_sha256="0" * 64),
+        f"another base than the adapter was trained on: expected sha256 {'0' * 64}, found [0-9a-f]{{64}}",
+    ),
+    "a base of another family": (other_family, r"config.json: expected one of \('qwen2_5_vl',\), found 'qwen2'"),
+    "a base of no family": (lambda root: edit_json(root / "../base/config.json", model_type="nope"), "config.json: cannot be read"),
+    "a quantised base": (
+        lambda root: edit_json(root / "../base/config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        "config.json: expected full-precision weights",
+    ),
+    "a base with sliding windows": (
+        lambda root: edit_json(
+            root / "../base/config.json",
+            text_config=json.loads((root / "../base/config.json").read_bytes())["text_config"] | {"layer_types": ["sliding_attention"] * 2},
+        ),
+        "config.json: expected full attention in every layer",
+    ),
+    "a base weight missing": (base(remove("layers.1.mlp")), "base: 1 missing keys in the base weights, first language_model.layers.1.mlp"),
+    "a base weight too many": (base(lambda tensors: tensors.update({"visual.extra": torch.ones(2)})), "1 unexpected keys .*visual.extra"),
+    "a base weight of another shape": (
+        base(lambda tensors: tensors.update({name: tensors[name][:5].clone() for name in tensors if "layers.0.mlp.down" in name})),
+        "base",
+    ),
+    "a NaN in the base": (base(spoil("layers.0.mlp", float("nan"))), "base: .* is not finite"),
+    "an infinity in the embeddings": (base(spoil("embed_tokens", float("inf"))), "base: .*embed_tokens.weight is not finite"),
+    "a truncated base": (cut(BASE, 0.9), "model.safetensors: cannot be read"),
+    "a shard that is no safetensors": (text("../base/model-2.safetensors", "hello"), "model-2.safetensors: cannot be read"),
+    "a head of another width": (
+        lambda root: (
+            torch.save({"weight": torch.ones(1, 32)}, root / "reward_head.pt"),
+            edit_json(root / "reward_model_config.json", score_head_shape=[1, 32]),
+        ),
+        "reward_head.pt: head takes 32 values, the base gives 64",
+    ),
+    "a head of another shape than it says": (
+        lambda root: edit_json(root / "reward_model_config.json", score_head_shape=[1, 32]),
+        r"reward_head.pt: expected weight \[1, 32\] with one row, found \[1, 64\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_does_not_fit_is_refused_in_one_line(published: Path, tmp_path: Path, fault: str) -> None:
+    damage, message = FAULTS[fault]
+    root = copy_artifact(published, tmp_path)
+    damage(root)
+    override = str(tmp_path / "base")
+    with pytest.raises(ArtifactInvalid, match=message) as refusal:
+        load_model(open_artifact(str(root), base_model=override, offline=True))
+    assert str(tmp_path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_pickled_base_weights_are_not_read(published: Path, tmp_path: Path) -> None:
+    """A stray safetensors file beside pickled weights must not make transformers read the pickle."""
+    root = copy_artifact(published, tmp_path)
+    (tmp_path / "base/model.safetensors").rename(tmp_path / "base/other.safetensors")
+    torch.save({}, tmp_path / "base/pytorch_model.bin")
+    with pytest.raises(ArtifactInvalid, match=r"base model cannot be loaded .*safetensors"):
+        load_model(open_artifact(str(root)))
+
+
+@pytest.mark.parametrize("names", [("org/base", "org/base"), ("/some/where", "org/base"), (None, "org/base"), ("org/base", "./base")])
+def test_bases_that_may_be_the_same_are_loaded(published: Path, tmp_path: Path, names: tuple[str | None, str]) -> None:
+    root = copy_artifact(published, tmp_path)
+    edit_json(root / ADAPTER_CONFIG, base_model_name_or_path=names[0])
+    edit_json(root / "reward_model_config.json", base_model_name=names[1], base_model_sha256=base_sha256(tmp_path / "base"))
+    assert load_model(open_artifact(str(root), base_model=str(tmp_path / "base"), offline=True)).device == "cpu"
+
+
+def test_adapters_of_the_language_model_alone(published: Path, tmp_path: Path, encoder: Encoder) -> None:
+    root = copy_artifact(published, tmp_path)
+    lora(target_modules=["q_proj", "v_proj"], use_rslora=True)(root)
+    group = encode(encoder, (120, 80), 0, CAPTIONS)
+    merged, apart = (load_model(open_artifact(str(root)), lora=each).model for each in ("merged", "unmerged"))  # type: ignore[arg-type]
+    assert np.abs(values(score_shared(merged, [group])) - values(score_plain(apart, [group]))).max() <= 1e-5
+
+
+def test_devices_and_number_formats() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert resolve_device("cpu") == "cpu"
+    assert resolve_dtype("auto", "bfloat16", cpu) == "float32"
+    assert resolve_dtype("auto", "bfloat16", cuda) == "bfloat16"
+    assert resolve_dtype("float32", "bfloat16", cuda) == "float32"
+    with pytest.raises(ArtifactInvalid, match="device cuda:64: torch sees"):
+        resolve_device("cuda:64")
+
+
+def test_the_head_is_outside_autocast(loaded: LoadedModel) -> None:
+    assert isinstance(loaded.model.head, LinearHead)
+    assert loaded.model.head.linear.weight.dtype == torch.float32

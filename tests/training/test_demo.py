@@ -1,0 +1,165 @@
+"""The recipe, the base's lessons and the bounds of the demo, without training anything for long."""
+
+from __future__ import annotations
+
+import io
+import random
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from app.artifacts import open_artifact
+from app.contracts import Group
+from app.encoding import load_encoder
+from app.images import decode_image
+from app.model import load_model
+from app.scoring import score_shared
+from tests.tiny import LIMITS
+from training.demo.__main__ import missed
+from training.demo.base import Lesson, Naming, build_base, fit_loss, pad_rows, patches_by_matmul, probe_loss, round_to_bfloat16
+from training.demo.build import Figures, draw_png
+from training.demo.captions import SUBJECT_WORDS
+from training.demo.drawings import all_ideas
+from training.demo.pictures import vary
+from training.demo.recipe import RECIPES, Bounds, Recipe, load_recipe
+from training.demo.reward import Judged, shuffle_away
+from training.demo.tokenizer import train_tokenizer
+
+RECIPE = load_recipe(RECIPES / "demo.toml")
+JUDGED = Judged(accuracy=0.95, by_fault={"subject": 0.95}, num_pairs=10)
+FIGURES = Figures(1, 1, Naming(1.0, 1.0, 1.0, 1.0), JUDGED, replace(JUDGED, accuracy=0.6))
+BOUNDS = Bounds(min_accuracy=0.9, max_shuffled_accuracy=0.65, max_artifact_bytes=100, num_pairs=1)
+
+
+def test_the_shipped_recipe_is_whole_and_shows_real_scenes() -> None:
+    assert {cartoon.scene.idea for cartoon in RECIPE.cartoons} <= set(all_ideas())
+    assert sum(RECIPE.reward.shares.values()) == pytest.approx(1.0)
+    assert sum(RECIPE.base.text.mrope_section) == RECIPE.base.text.hidden_size // RECIPE.base.text.num_attention_heads // 2
+    assert 0.10 <= RECIPE.reward.shares["bland"] <= 0.15
+
+
+@pytest.mark.parametrize("path", ["", "drawing", "base", "base.seeing", "reward", "bounds"])
+def test_an_unknown_key_is_refused_by_name(path: str, tmp_path: Path) -> None:
+    content = tomllib.loads((RECIPES / "demo.toml").read_text())
+    part = content
+    for name in filter(None, path.split(".")):
+        part = part[name]
+    part["learning_rat"] = 1
+    with pytest.raises(ValidationError, match="learning_rat"):
+        Recipe.model_validate(content)
+
+
+def test_cartoons_are_small_and_the_same_every_time() -> None:
+    for cartoon in RECIPE.cartoons:
+        data = draw_png(cartoon)
+        assert len(data) < 60_000
+        assert data == draw_png(cartoon)
+
+
+@pytest.mark.parametrize(
+    ("figures", "num_bytes", "words"),
+    [
+        (replace(FIGURES, judged=replace(JUDGED, accuracy=0.89)), 100, "below 0.9"),
+        (replace(FIGURES, shuffled=replace(JUDGED, accuracy=0.66)), 100, "above 0.65"),
+        (FIGURES, 101, "more than 100"),
+    ],
+)
+def test_a_missed_bound_is_named(figures: Figures, num_bytes: int, words: str) -> None:
+    (fault,) = missed(figures, num_bytes, BOUNDS)
+    assert words in fault
+
+
+def test_bounds_that_hold_say_nothing() -> None:
+    assert missed(FIGURES, 100, BOUNDS) == []
+
+
+def test_rows_are_padded_right_and_only_the_lesson_is_labelled() -> None:
+    ids, labels = pad_rows([Lesson(np.array([5, 6, 7]), 1), Lesson(np.array([8, 9]), 1)])
+    assert ids.tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert labels.tolist() == [[-100, 6, 7], [-100, 9, -100]]
+
+
+def test_an_ignorant_probe_costs_the_logarithms_of_the_name_counts() -> None:
+    """Equal logits: ln 12 + ln 10 + ln 8."""
+    loss = probe_loss(torch.zeros(2, 30), [("cat", "cake", "moon"), (None, "crown", "office")])
+    assert loss.item() == pytest.approx(np.log(12) + np.log(10) + np.log(8), rel=1e-5)
+
+
+def test_fit_loss_counts_only_what_a_caption_mentions() -> None:
+    """Equal odds cost ln 2 a part; the unmentioned part costs nothing, whatever its logit."""
+    logits = torch.tensor([[0.0, 50.0, 0.0], [0.0, 0.0, -50.0]])
+    loss = fit_loss(logits, [(True, None, False), (False, True, None)])
+    assert loss.item() == pytest.approx(np.log(2))
+    assert fit_loss(logits, [(None, None, None)] * 2).item() == 0.0
+
+
+def test_varied_pictures_keep_their_shape_and_their_colours() -> None:
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 56, 84), dtype=np.uint8))
+    varied = vary(pixels, max_shift=4, rng=random.Random(0))
+    assert varied.shape == pixels.shape
+    assert not torch.equal(varied, pixels.float())
+    assert torch.equal(vary(pixels, max_shift=4, rng=random.Random(0)), varied)
+    assert set(varied.unique().tolist()) <= set(pixels.unique().float().tolist())
+
+
+def test_shuffling_gives_every_picture_another_idea() -> None:
+    ideas = [idea for idea in all_ideas()[:20] for _ in range(3)]
+    others = shuffle_away(ideas, random.Random(0))
+    assert sorted(others) == list(range(60))
+    assert all(ideas[index] != ideas[other] for index, other in enumerate(others))
+
+
+def test_the_base_has_the_real_structure_and_rounds_to_bfloat16() -> None:
+    torch.manual_seed(0)
+    model = build_base(RECIPE.base, train_tokenizer(list(SUBJECT_WORDS), 300))
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    vision = model.config.vision_config
+    assert 0 < len(vision.fullatt_block_indexes) < vision.depth
+    round_to_bfloat16(model)
+    assert all(torch.equal(value, value.to(torch.bfloat16).float()) for value in model.parameters())
+
+
+def test_patches_by_matmul_are_the_convolution() -> None:
+    torch.manual_seed(0)
+    model = build_base(RECIPE.base, train_tokenizer(list(SUBJECT_WORDS), 300)).eval()
+    tower = model.model.visual
+    patches, grid = torch.randn(96, 1176), torch.tensor([[1, 8, 12]])
+    with torch.no_grad():
+        expected = tower(patches, grid_thw=grid).pooler_output
+        with patches_by_matmul(tower):
+            found = tower(patches, grid_thw=grid).pooler_output
+        assert torch.equal(tower(patches, grid_thw=grid).pooler_output, expected)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_shipped_artifact_is_whole_and_of_this_recipe() -> None:
+    opened = open_artifact("demo", offline=True)
+    assert opened.assumed == ()
+    assert opened.config.training["recipe"] == RECIPE.model_dump(mode="json")
+    assert sum(path.stat().st_size for path in opened.root.rglob("*") if path.is_file()) <= RECIPE.bounds.max_artifact_bytes
+    for cartoon in RECIPE.cartoons:
+        with Image.open(opened.root / "cartoons" / f"{cartoon.name}.png") as shipped, Image.open(io.BytesIO(draw_png(cartoon))) as drawn:
+            assert np.array_equal(np.asarray(shipped.convert("RGB")), np.asarray(drawn.convert("RGB")))
+
+
+def test_the_shipped_model_prefers_what_fits_each_cartoon() -> None:
+    """Two captions of every cartoon fit, then come one with a single fault and one with nothing right."""
+    opened = open_artifact("demo", offline=True)
+    golden = opened.golden()
+    assert golden is not None
+    encoder, model = load_encoder(opened), load_model(opened, device="cpu", dtype="float32").model
+    for item in golden.items:
+        assert item.image is not None
+        image = encoder.encode_image(decode_image((opened.root / item.image).read_bytes(), LIMITS, exif_transpose=False))
+        group, _ = encoder.encode(Group(tuple(item.captions), image=image))
+        assert group is not None
+        (scores,) = score_shared(model, [group])
+        assert scores.values == pytest.approx(item.scores, abs=golden.tolerance["float32"])
+        first, second, faulty, wrong = scores.values
+        assert min(first, second) > faulty > wrong
