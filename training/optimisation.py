@@ -1,12 +1,15 @@
-"""AdamW with linear warmup and cosine decay, one call a step. Knows no model and no data."""
+"""AdamW and the schedules of its learning rate. Knows no model and no data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from training.recipe import Optimiser
 
 
 class Optimisation:
@@ -26,9 +29,7 @@ class Optimisation:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._max_grad_norm = max_grad_norm
         self._optimiser = torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98))
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimiser, lambda step: rate_share(step, num_steps, num_warmup_steps, final_share)
-        )
+        self._schedule = LambdaLR(self._optimiser, lambda step: rate_share(step, num_steps, num_warmup_steps, final_share))
 
     def step(self, loss: Tensor) -> float:
         """Returns the gradient norm before clipping; raises FloatingPointError rather than train on a non-finite loss."""
@@ -48,3 +49,30 @@ def rate_share(step: int, num_steps: int, num_warmup_steps: int, final_share: fl
         return (step + 1) / (num_warmup_steps + 1)
     done = min(1.0, (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps))
     return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimiser(parameters: Sequence[nn.Parameter], recipe: Optimiser, device: torch.device) -> torch.optim.AdamW:
+    """AdamW, fused where torch has such a kernel for the device."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=recipe.learning_rate,
+        betas=recipe.betas,
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
+        fused=device.type in ("cuda", "cpu"),
+    )
+
+
+def make_schedule(optimiser: torch.optim.Optimizer, recipe: Optimiser, num_steps: int) -> LambdaLR:
+    """The recipe's learning rate, one `step()` an optimiser step."""
+    return LambdaLR(optimiser, lambda step: scheduled_share(recipe, step, num_steps))
+
+
+def scheduled_share(recipe: Optimiser, step: int, num_steps: int) -> float:
+    """The share of the peak rate after `step` steps: up in a line, then as the schedule says."""
+    if step < recipe.num_warmup_steps or recipe.schedule == "cosine":
+        return rate_share(step, num_steps, recipe.num_warmup_steps, recipe.final_share)
+    if recipe.schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - recipe.num_warmup_steps) / max(1, num_steps - recipe.num_warmup_steps))
+    return 1 - (1 - recipe.final_share) * done

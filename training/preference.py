@@ -16,7 +16,7 @@ from torch import Tensor
 from app.contracts import EncodedGroup, EncodedImage, Group
 from app.encoding import Encoder
 from app.model import RewardModel
-from app.packing import pack
+from app.packing import Packed, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +43,26 @@ def encode_pairs(encoder: Encoder, image: EncodedImage | None, prompt: str | Non
     return group
 
 
-def score_pairs(model: RewardModel, groups: Sequence[EncodedGroup]) -> PairScores:
-    """One packed forward over all groups; differentiable."""
-    packed = pack(groups, image_token_id=model.image_token_id, merge_size=model.merge_size, device=model.device)
-    scores = model(packed)
+def pack_pairs(model: RewardModel, groups: Sequence[EncodedGroup], device: torch.device) -> Packed:
+    """The one packing of training and serving."""
+    return pack(groups, image_token_id=model.image_token_id, merge_size=model.merge_size, device=device)
+
+
+def split_pairs(scores: Tensor, packed: Packed) -> PairScores:
+    """[rows] scores of packed pairs back to chosen and rejected, group after group."""
     chosen: list[int] = []
     rejected: list[int] = []
     for rows in packed.rows_of:
         half = len(rows) // 2
         chosen += rows[:half]
         rejected += rows[half:]
-    return PairScores(scores[torch.tensor(chosen, device=model.device)], scores[torch.tensor(rejected, device=model.device)])
+    return PairScores(scores[torch.tensor(chosen, device=scores.device)], scores[torch.tensor(rejected, device=scores.device)])
+
+
+def score_pairs(model: RewardModel, groups: Sequence[EncodedGroup]) -> PairScores:
+    """One packed forward over all groups; differentiable."""
+    packed = pack_pairs(model, groups, model.device)
+    return split_pairs(model(packed), packed)
 
 
 def bradley_terry_loss(margins: Tensor) -> Tensor:
@@ -61,7 +70,17 @@ def bradley_terry_loss(margins: Tensor) -> Tensor:
     return -F.logsigmoid(margins).mean()
 
 
-@torch.inference_mode()
+def preference_loss(scores: PairScores, *, asked: Tensor | None = None, centring: float = 0.0) -> Tensor:
+    """Bradley-Terry loss of the margins less what is `asked` of each ([pairs]), plus the centring term.
+
+    Centring is `centring * mean((chosen + rejected)^2)` (Eisenstein et al. 2023, arXiv 2312.09244): differences cannot see it.
+    """
+    margins = scores.margins if asked is None else scores.margins - asked
+    loss = bradley_terry_loss(margins)
+    return loss if centring == 0 else loss + centring * (scores.chosen + scores.rejected).square().mean()
+
+
+@torch.no_grad()
 def measure_margins(model: RewardModel, groups: Sequence[EncodedGroup], groups_per_batch: int) -> list[float]:
     """chosen - rejected of every pair, group after group. A pair counts as right only above 0: a tie is wrong."""
     model.eval()

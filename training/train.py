@@ -1,0 +1,217 @@
+"""`python -m training.train RECIPE --data DIR --out RUN`, also under `accelerate launch`: from pairs to checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration, set_seed
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from app.artifacts import base_sha256, file_sha256
+from app.errors import PunchlineError
+from training.batches import StepPlan, draw
+from training.checkpoints import Checkpoints
+from training.collation import Collator, Fitting, leave_out_unfit
+from training.loop import Course, Training, TrainingFailed
+from training.pairs import DataInvalid, Pair, read_pairs
+from training.recipe import Recipe, RecipeInvalid, load_recipe
+from training.tracking import TRACKER_FOLDER, Tracker, choose_trackers
+from training.trainee import Trainee, make_trainee
+
+RUN_NAME = "run.json"
+TRAIN_TABLE = "pairs_train.parquet"
+VALIDATION_TABLE = "pairs_validation.parquet"
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "pillow")
+_VALIDATION_BUNDLE = 4  # validation pairs of one image that share a forward
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one in the package: humor_20k, hh_rlhf_7b.")],
+    data: Annotated[Path, typer.Option(help="A folder written by training.prepare.")],
+    out: Annotated[Path, typer.Option(help="The run's folder: checkpoints, metrics, logs.")],
+    resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint, or begin if there is none.")] = False,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="Change a value: optimiser.learning_rate=1e-4. Repeatable.")] = None,
+    trackers: Annotated[str, typer.Option(help="auto (TensorBoard, and W&B where installed), none, or names.")] = "auto",
+) -> None:
+    """Train LoRA and a scalar head on preference pairs."""
+    logging.basicConfig(format="%(name)s: %(message)s")
+    console = Console(stderr=True)
+    try:
+        train(load_recipe(recipe, changes or ()), data, out, resume=resume, trackers=choose_trackers(trackers), console=console)
+    except PunchlineError as error:
+        console.print(f"[red]refused:[/red] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(getattr(error, "exit_code", 3)) from None
+
+
+def train(recipe: Recipe, data: Path, run: Path, *, resume: bool, trackers: Sequence[str], console: Console) -> None:
+    """The whole run. Raises RecipeInvalid, DataInvalid, ArtifactInvalid before the first step, TrainingFailed or CheckpointFailed later."""
+    _quiet()
+    accelerator = make_accelerator(recipe, run, trackers)
+    if not accelerator.is_main_process:
+        console = Console(quiet=True)
+    set_seed(recipe.run.seed)
+    with accelerator.main_process_first():
+        trainee = make_trainee(recipe, run)
+    tables = {name: data / name for name in (TRAIN_TABLE, VALIDATION_TABLE) if (data / name).exists() or name == TRAIN_TABLE}
+    chosen = {name: choose_pairs(recipe, trainee, path, console) for name, path in tables.items()}
+    course = make_course(recipe, trainee, data, chosen, accelerator.num_processes)
+    training = Training(recipe, trainee, course, accelerator, run)
+    set_seed(recipe.run.seed, device_specific=True)  # dropout differs from device to device
+    first_step = enter_run(run, describe_run(recipe, trainee, tables, chosen), training, accelerator, resume=resume)
+    accelerator.init_trackers("punchline", config=flatten(recipe.model_dump(mode="json")))
+    with Tracker(accelerator, run, first_step=first_step, num_steps=training.num_steps, console=console) as tracker:
+        training.fit(first_step, tracker)
+    console.print(f"{training.num_steps} steps done; checkpoints in {run / 'checkpoints'}", soft_wrap=True, highlight=False)
+
+
+def make_accelerator(recipe: Recipe, run: Path, trackers: Sequence[str]) -> Accelerator:
+    """Devices as `accelerate launch` gave them; alone, the first GPU or the CPU."""
+    run.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(
+        mixed_precision=recipe.run.mixed_precision,
+        gradient_accumulation_steps=recipe.run.num_accumulated,
+        log_with=list(trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run / TRACKER_FOLDER)),
+        # the adapter of a vision tower has no gradient in a batch without pictures
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if accelerator.distributed_type == "FSDP" and recipe.lora is not None and recipe.model.dtype != "float32":
+        raise RecipeInvalid("FSDP shards weights of one format only: set model.dtype to float32 (run.mixed_precision may be bf16)")
+    return accelerator
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The pairs of one table that are used, and what became of the others."""
+
+    pairs: list[Pair]
+    num_in_table: int
+    num_drawn: int
+    fitting: Fitting
+
+    def as_dict(self) -> dict[str, Any]:
+        left_out = dict(sorted(self.fitting.left_out.items()))
+        return {"in_table": self.num_in_table, "drawn": self.num_drawn, "used": len(self.pairs), "left_out": left_out} | {
+            "contests": len({pair.contest for pair in self.pairs}),
+            "with_cut_prompt": self.fitting.num_cut_prompts,
+        }
+
+
+def choose_pairs(recipe: Recipe, trainee: Trainee, path: Path, console: Console) -> Chosen:
+    """Draw the recipe's number of pairs across the table, then leave out those that do not fit the model. Raises DataInvalid."""
+    table = read_pairs(path)
+    wanted = recipe.data.max_pairs if path.name == TRAIN_TABLE else recipe.data.max_validation_pairs
+    drawn = [table[index] for index in draw(len(table), wanted, f"{recipe.run.seed} {path.name}")]
+    if not trainee.encoder.takes_images and any(pair.image for pair in drawn):
+        raise DataInvalid(f"{path}: has pictures, and {recipe.model.base} is a text-only base")
+    fitting = leave_out_unfit(trainee.encoder, drawn, path.parent, recipe.data.max_tokens)
+    chosen = Chosen(fitting.pairs, len(table), len(drawn), fitting)
+    console.print(f"{path.name}: {chosen.as_dict()}", soft_wrap=True, highlight=False)
+    if not fitting.pairs:
+        raise DataInvalid(f"{path}: no pair fits the model: {dict(fitting.left_out)}")
+    return chosen
+
+
+def make_course(recipe: Recipe, trainee: Trainee, data: Path, chosen: dict[str, Chosen], num_processes: int) -> Course:
+    """Plan every step. Raises DataInvalid when the pairs make no whole one."""
+    pairs = chosen[TRAIN_TABLE].pairs
+    plan = StepPlan(
+        keys=[key_of(pair) for pair in pairs],
+        pairs_per_image=recipe.data.pairs_per_image,
+        batch_size=recipe.run.batch_size,
+        num_accumulated=recipe.run.num_accumulated,
+        num_processes=num_processes,
+        seed=recipe.run.seed,
+    )
+    if plan.steps_per_epoch == 0:
+        raise DataInvalid(f"{data / TRAIN_TABLE}: {len(pairs)} pairs are fewer than the {plan.pairs_per_step} of one step")
+    held_out = chosen.get(VALIDATION_TABLE)
+    if held_out is None:
+        return Course(Collator(trainee.encoder, pairs, data), plan, None, ())
+    validation = Collator(trainee.encoder, held_out.pairs, data)
+    return Course(Collator(trainee.encoder, pairs, data), plan, validation, in_batches(held_out.pairs, recipe.run.batch_size))
+
+
+def key_of(pair: Pair) -> tuple[str, str, str]:
+    """What pairs must have in common to share a forward's prefix."""
+    return pair.contest, pair.image or "", pair.prompt or ""
+
+
+def in_batches(pairs: Sequence[Pair], batch_size: int) -> list[tuple[int, ...]]:
+    """Every index once, pairs of one image side by side, the last batch as short as it comes."""
+    order = sorted(range(len(pairs)), key=lambda index: key_of(pairs[index]))
+    size = max(batch_size, _VALIDATION_BUNDLE)
+    return [tuple(order[start : start + size]) for start in range(0, len(order), size)]
+
+
+def describe_run(recipe: Recipe, trainee: Trainee, tables: dict[str, Path], chosen: dict[str, Chosen]) -> dict[str, Any]:
+    """What decides the run's outcome, for the run's folder and for the artifact."""
+    return {
+        "schema_version": 1,
+        "recipe": recipe.model_dump(mode="json"),
+        "base_sha256": base_sha256(trainee.base_path),
+        "data": {name: {"sha256": file_sha256(path)} | chosen[name].as_dict() for name, path in tables.items()},
+        "versions": {name: version(name) for name in _LIBRARIES},
+    }
+
+
+def enter_run(run: Path, description: dict[str, Any], training: Training, accelerator: Accelerator, *, resume: bool) -> int:
+    """How many steps are done already: 0 for a new run. Raises TrainingFailed for a folder that holds another run."""
+    path = run / RUN_NAME
+    checkpoints = Checkpoints(run / "checkpoints", 1)
+    if path.exists():
+        if not resume:
+            raise TrainingFailed(f"{run}: holds a run already; --resume goes on with it")
+        found = json.loads(path.read_bytes())
+        if different := sorted(key for key in description if found.get(key) != description[key]):
+            raise TrainingFailed(f"{path}: another run: {', '.join(different)} changed since it began")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        checkpoints.clear_partial()
+        write_whole(path, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    checkpoint = checkpoints.newest()
+    if checkpoint is None:
+        return 0
+    training.resume(checkpoint)
+    return checkpoint.step
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file in one step: a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as `section.key`, in the plain types trackers take."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
+
+
+def _quiet() -> None:
+    disable_progress_bar()  # transformers' own would tear ours
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft 0.21 asks transformers so
+
+
+if __name__ == "__main__":
+    app()
