@@ -53,9 +53,9 @@ class Training:
         self._accelerator = accelerator
         self._checkpoints = Checkpoints(run / "checkpoints", recipe.run.max_checkpoints)
         self.num_steps = recipe.run.max_steps or recipe.run.num_epochs * course.plan.steps_per_epoch
-        self._parameters = list(trainee.trainable().values())
-        optimiser = make_optimiser(self._parameters, recipe.optimiser, accelerator.device)
+        optimiser = make_optimiser(list(trainee.trainable().values()), recipe.optimiser, accelerator.device)
         self._model, self._optimiser = accelerator.prepare(trainee.model, optimiser)
+        self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]  # sharded, perhaps
         self._schedule = make_schedule(optimiser, recipe.optimiser, self.num_steps)
         accelerator.register_for_checkpointing(self._schedule)
         accelerator.register_save_state_pre_hook(_save_no_weights)  # the trained ones are saved by name, the base is not
@@ -79,7 +79,7 @@ class Training:
             norm = float(accelerator.clip_grad_norm_(self._parameters, self._recipe.optimiser.max_grad_norm) or 0.0)
             if not math.isfinite(loss_ + norm):
                 raise TrainingFailed(f"step {step}: loss {loss_} with gradient norm {norm} is not finite; nothing of it was kept")
-            rate = self._schedule.get_last_lr()[0]
+            rate = float(self._schedule.get_last_lr()[0])
             self._optimiser.step()
             self._schedule.step()
             self._optimiser.zero_grad()

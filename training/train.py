@@ -59,14 +59,15 @@ def main(
 def train(recipe: Recipe, data: Path, run: Path, *, resume: bool, trackers: Sequence[str], console: Console) -> None:
     """The whole run. Raises RecipeInvalid, DataInvalid, ArtifactInvalid before the first step, TrainingFailed or CheckpointFailed later."""
     _quiet()
-    accelerator = make_accelerator(recipe, run, trackers)
+    tables = {name: data / name for name in (TRAIN_TABLE, VALIDATION_TABLE) if (data / name).exists() or name == TRAIN_TABLE}
+    rows = {name: read_pairs(path) for name, path in tables.items()}
+    accelerator = make_accelerator(recipe, run, trackers, some_without_picture=any(pair.image is None for pair in rows[TRAIN_TABLE]))
     if not accelerator.is_main_process:
         console = Console(quiet=True)
     set_seed(recipe.run.seed)
     with accelerator.main_process_first():
         trainee = make_trainee(recipe, run)
-    tables = {name: data / name for name in (TRAIN_TABLE, VALIDATION_TABLE) if (data / name).exists() or name == TRAIN_TABLE}
-    chosen = {name: choose_pairs(recipe, trainee, path, console) for name, path in tables.items()}
+    chosen = {name: choose_pairs(recipe, trainee, path, rows[name], console) for name, path in tables.items()}
     course = make_course(recipe, trainee, data, chosen, accelerator.num_processes)
     training = Training(recipe, trainee, course, accelerator, run)
     set_seed(recipe.run.seed, device_specific=True)  # dropout differs from device to device
@@ -77,7 +78,7 @@ def train(recipe: Recipe, data: Path, run: Path, *, resume: bool, trackers: Sequ
     console.print(f"{training.num_steps} steps done; checkpoints in {run / 'checkpoints'}", soft_wrap=True, highlight=False)
 
 
-def make_accelerator(recipe: Recipe, run: Path, trackers: Sequence[str]) -> Accelerator:
+def make_accelerator(recipe: Recipe, run: Path, trackers: Sequence[str], *, some_without_picture: bool) -> Accelerator:
     """Devices as `accelerate launch` gave them; alone, the first GPU or the CPU."""
     run.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
@@ -86,11 +87,19 @@ def make_accelerator(recipe: Recipe, run: Path, trackers: Sequence[str]) -> Acce
         log_with=list(trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run / TRACKER_FOLDER)),
         # the adapter of a vision tower has no gradient in a batch without pictures
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_without_picture)],
     )
-    if accelerator.distributed_type == "FSDP" and recipe.lora is not None and recipe.model.dtype != "float32":
-        raise RecipeInvalid("FSDP shards weights of one format only: set model.dtype to float32 (run.mixed_precision may be bf16)")
+    if accelerator.distributed_type == "FSDP":
+        refuse_unsharded(recipe, accelerator)
     return accelerator
+
+
+def refuse_unsharded(recipe: Recipe, accelerator: Accelerator) -> None:
+    """What FSDP would do wrongly in silence, or refuse in words of its own."""
+    if not accelerator.is_fsdp2:
+        raise RecipeInvalid("FSDP version 1 clips the gradients of each shard by itself; launch with --fsdp_version 2")
+    if recipe.model.dtype != "float32":
+        raise RecipeInvalid("FSDP shards weights of one format only: set model.dtype to float32 (run.mixed_precision may be bf16)")
 
 
 @dataclass(frozen=True)
@@ -110,9 +119,8 @@ class Chosen:
         }
 
 
-def choose_pairs(recipe: Recipe, trainee: Trainee, path: Path, console: Console) -> Chosen:
+def choose_pairs(recipe: Recipe, trainee: Trainee, path: Path, table: Sequence[Pair], console: Console) -> Chosen:
     """Draw the recipe's number of pairs across the table, then leave out those that do not fit the model. Raises DataInvalid."""
-    table = read_pairs(path)
     wanted = recipe.data.max_pairs if path.name == TRAIN_TABLE else recipe.data.max_validation_pairs
     drawn = [table[index] for index in draw(len(table), wanted, f"{recipe.run.seed} {path.name}")]
     if not trainee.encoder.takes_images and any(pair.image for pair in drawn):

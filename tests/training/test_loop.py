@@ -214,7 +214,7 @@ def test_pairs_that_do_not_fit_are_counted_and_left_out(tiny: TinyRun, tmp_path:
     pairs = [Pair(str(number), "a", None, None, f"funny {number}", long if number < 3 else "told") for number in range(12)]
     write_pairs(tmp_path / "pairs_train.parquet", pairs)
     trainee = seeded_trainee(tiny, tmp_path)
-    chosen = choose_pairs(tiny.recipe(), trainee, tmp_path / "pairs_train.parquet", QUIET)
+    chosen = choose_pairs(tiny.recipe(), trainee, tmp_path / "pairs_train.parquet", pairs, QUIET)
     assert chosen.as_dict()["left_out"] == {"caption_too_long": 3}
     assert [pair.pair_id for pair in chosen.pairs] == [str(number) for number in range(3, 12)]
 
@@ -223,10 +223,11 @@ def test_max_tokens_counts_the_whole_chat(tiny: TinyRun, tmp_path: Path) -> None
     """Text and image tokens together: a limit at the longest chat of the table leaves nothing out, one below it something."""
     trainee = seeded_trainee(tiny, tmp_path)
     table = tiny.data / "pairs_train.parquet"
-    batch = Collator(trainee.encoder, read_pairs(table), tiny.data).collate(range(48))
+    rows = read_pairs(table)
+    batch = Collator(trainee.encoder, rows, tiny.data).collate(range(48))
     longest = max(len(row) for group in batch.groups for row in group.rows)
-    assert choose_pairs(tiny.recipe(data={"max_tokens": longest}), trainee, table, QUIET).fitting.left_out == {}
-    left_out = choose_pairs(tiny.recipe(data={"max_tokens": longest - 1}), trainee, table, QUIET).fitting.left_out
+    assert choose_pairs(tiny.recipe(data={"max_tokens": longest}), trainee, table, rows, QUIET).fitting.left_out == {}
+    left_out = choose_pairs(tiny.recipe(data={"max_tokens": longest - 1}), trainee, table, rows, QUIET).fitting.left_out
     assert set(left_out) == {"longer than data.max_tokens"}
 
 
@@ -239,8 +240,11 @@ def test_too_few_pairs_for_one_step(tiny: TinyRun, tmp_path: Path) -> None:
 def test_a_course_covers_an_epoch_once(tiny: TinyRun, tmp_path: Path) -> None:
     recipe = tiny.recipe()
     trainee = seeded_trainee(tiny, tmp_path)
-    accelerator = make_accelerator(recipe, tmp_path, ())
-    chosen = {name: choose_pairs(recipe, trainee, tiny.data / name, QUIET) for name in ("pairs_train.parquet", "pairs_validation.parquet")}
+    accelerator = make_accelerator(recipe, tmp_path, (), some_without_picture=False)
+    chosen = {
+        name: choose_pairs(recipe, trainee, tiny.data / name, read_pairs(tiny.data / name), QUIET)
+        for name in ("pairs_train.parquet", "pairs_validation.parquet")
+    }
     course = make_course(recipe, trainee, tiny.data, chosen, accelerator.num_processes)
     seen = [index for batch in course.plan.batches(0, 0, course.plan.steps_per_epoch) for index in batch]
     assert sorted(seen) == list(range(48))
