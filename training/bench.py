@@ -34,7 +34,6 @@ from training.trainee import add_lora
 
 _SYSTEM_TOKENS, _PROMPT_TOKENS, _CAPTION_TOKENS = 16, 60, (25, 45)  # of the published template with a described cartoon
 _PATCH_VALUES = 3 * 2 * 14 * 14
-_IMAGE_TOKEN = 151655
 _MAX_DIFFERENCE = 1e-3  # of the gradients' norm, in float32; both ways round differently
 
 
@@ -69,12 +68,12 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(stderr=True)
     console.print("building random weights in the shapes of Qwen2.5-VL-3B")
-    model = build_model(layers, vision_layers).to(device)
+    model = build_model(Geometry(layers, vision_layers)).to(device)
     timings = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=4 * (rounds + 1) * 2)
         for pairs_per_image in (count for count in (1, 2, 4, 8) if pairs % count == 0):
-            work = make_groups(pairs, pairs_per_image, (grid[0], grid[1]))
+            work = make_groups(pairs, pairs_per_image, (grid[0], grid[1]), model.image_token_id)
             timings.append(measure(model, work, pairs_per_image, rounds, lambda: progress.advance(task)))
     hardware = f"{describe_hardware(device)}; {layers} text and {vision_layers} vision layers, float32, {pairs} pairs, {rounds} rounds"
     if as_json:
@@ -85,34 +84,51 @@ def main(
         raise typer.Exit(1)
 
 
-def build_model(layers: int, vision_layers: int) -> RewardModel:
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Shapes of a Qwen2.5-VL; the defaults are those of 3B with its layers counted by the caller."""
+
+    layers: int
+    vision_layers: int
+    hidden: int = 2048
+    heads: int = 16
+    kv_heads: int = 2
+    intermediate: int = 11008
+    vocabulary: int = 151936
+    vision_hidden: int = 1280
+    vision_heads: int = 16
+    vision_intermediate: int = 3420
+    mrope_section: tuple[int, int, int] = (16, 24, 24)
+
+
+def build_model(geometry: Geometry) -> RewardModel:
     """Random weights with LoRA of the published rank on every linear layer, off zero so that every gradient counts."""
     torch.manual_seed(0)
     config = Qwen2_5_VLConfig(
         text_config={
-            "hidden_size": 2048,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "intermediate_size": 11008,
-            "vocab_size": 151936,
+            "hidden_size": geometry.hidden,
+            "num_hidden_layers": geometry.layers,
+            "num_attention_heads": geometry.heads,
+            "num_key_value_heads": geometry.kv_heads,
+            "intermediate_size": geometry.intermediate,
+            "vocab_size": geometry.vocabulary,
             "max_position_embeddings": 128000,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(geometry.mrope_section)},
         },
         vision_config={
-            "depth": vision_layers,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "out_hidden_size": 2048,
-            "fullatt_block_indexes": [vision_layers - 1],
+            "depth": geometry.vision_layers,
+            "hidden_size": geometry.vision_hidden,
+            "intermediate_size": geometry.vision_intermediate,
+            "num_heads": geometry.vision_heads,
+            "out_hidden_size": geometry.hidden,
+            "fullatt_block_indexes": [geometry.vision_layers - 1],
         },
-        image_token_id=_IMAGE_TOKEN,
-        vision_start_token_id=151652,
-        vision_end_token_id=151653,
+        image_token_id=geometry.vocabulary - 1,
+        vision_start_token_id=geometry.vocabulary - 2,
+        vision_end_token_id=geometry.vocabulary - 3,
     )
     peft = add_lora(Qwen2_5_VLModel(config), Lora(r=32, alpha=32))
-    model = RewardModel(peft.get_base_model(), LinearHead(2048))
+    model = RewardModel(peft.get_base_model(), LinearHead(geometry.hidden))
     model.head.requires_grad_(True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -121,19 +137,19 @@ def build_model(layers: int, vision_layers: int) -> RewardModel:
     return model.train()
 
 
-def make_groups(num_pairs: int, pairs_per_image: int, grid: tuple[int, int]) -> list[EncodedGroup]:
+def make_groups(num_pairs: int, pairs_per_image: int, grid: tuple[int, int], image_token_id: int) -> list[EncodedGroup]:
     """Random pictures and tokens in the lengths of real ones."""
     rng, values = random.Random(num_pairs), np.random.default_rng(0)  # noqa: S311
     groups = []
     for number in range(num_pairs // pairs_per_image):
         patches = values.standard_normal((grid[0] * grid[1] * 4, _PATCH_VALUES), dtype=np.float32)
         image = EncodedImage(f"image {number}", patches, (1, grid[0] * 2, grid[1] * 2), grid[0] * grid[1])
-        lead = [rng.randrange(1000, 9000) for _ in range(_SYSTEM_TOKENS)]
-        prompt = [rng.randrange(1000, 9000) for _ in range(_PROMPT_TOKENS)]
-        prefix = [*lead, *[_IMAGE_TOKEN] * image.num_tokens, *prompt]
+        lead = [rng.randrange(100, 400) for _ in range(_SYSTEM_TOKENS)]
+        prompt = [rng.randrange(100, 400) for _ in range(_PROMPT_TOKENS)]
+        prefix = [*lead, *[image_token_id] * image.num_tokens, *prompt]
         rows: list[Ids] = []
         for caption in range(2 * pairs_per_image):
-            suffix = [caption + 1, *(rng.randrange(1000, 9000) for _ in range(rng.randint(*_CAPTION_TOKENS) - 1))]
+            suffix = [caption + 1, *(rng.randrange(100, 400) for _ in range(rng.randint(*_CAPTION_TOKENS) - 1))]
             rows.append(np.array(prefix + suffix, dtype=np.int64))
         groups.append(EncodedGroup((image.image_id, b""), image, tuple(rows), len(prefix)))
     return groups
@@ -192,7 +208,7 @@ def pad_groups(model: RewardModel, groups: Sequence[EncodedGroup]) -> tuple[dict
     for number, row in enumerate(rows):
         ids[number, : len(row)] = torch.from_numpy(row)
         mask[number, : len(row)] = 1
-    batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == _IMAGE_TOKEN).int()}
+    batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == model.image_token_id).int()}
     batch["pixel_values"] = torch.from_numpy(np.concatenate([image.patches for image in images if image is not None]))
     batch["image_grid_thw"] = torch.tensor([image.grid_thw for image in images if image is not None])
     return {name: value.to(model.device) for name, value in batch.items()}, ids.numel()
