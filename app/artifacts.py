@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from app.errors import ArtifactInvalid
 
@@ -27,6 +28,7 @@ GOLDEN_NAME = "golden.json"
 DEMO_PATH = Path(__file__).parent / "demo"
 TEMPLATE = "{prompt}\n\nCandidate caption: {caption}\n\nJudge how funny this caption is for the cartoon."
 DEFAULT_PROMPT = "Write a funny one-line caption for this New Yorker-style cartoon."
+_OWN_FOLDER = re.compile(r"\./[A-Za-z0-9][A-Za-z0-9._-]*")  # one folder directly in the artifact
 _MAX_SHOWN = 60  # characters of a wrong value in an error
 _Model = TypeVar("_Model", bound=BaseModel)
 _NOT_SCORING = {"files", "training", "description", "score_distribution"} | {  # the base itself is in the fingerprint
@@ -66,14 +68,18 @@ class RewardModelConfig(_Strict):
     base_model_name: str = Field(description="Hub id, directory, or `./x` relative to the artifact.")
     score_head_shape: tuple[int, int] = Field(description="[1, hidden]")
     schema_version: Literal[1] = 1
-    kind: Literal["lora_head"] = "lora_head"
+    kind: Literal["lora_head", "full_head"] = Field(
+        "lora_head", description="lora_head: an adapter on a base; full_head: every weight trained, the base a folder of the artifact."
+    )
     description: str = ""
     base_model_revision: str | None = None
     base_model_sha256: str | None = Field(None, description="`base_sha256` of the base the adapter was trained on.")
     template: str = TEMPLATE
     default_prompt: str = DEFAULT_PROMPT
     prompt_policy: Literal["request", "fixed"] = Field("request", description="fixed: only the default prompt is allowed.")
-    caption_role: Literal["user"] = "user"
+    caption_role: Literal["user", "raw"] = Field(
+        "user", description="user: the text is the user's turn of a chat; raw: the text by itself, for text-only bases."
+    )
     max_prompt_tokens: int = Field(160, ge=1, description="Longer prompts are cut, as in training, and the answer says so.")
     max_caption_tokens: int = Field(80, ge=1, description="Longer captions are refused.")
     image: ImageRecipe = ImageRecipe()
@@ -83,6 +89,14 @@ class RewardModelConfig(_Strict):
     training: dict[str, Any] = Field(default_factory=dict)
     calibration: Calibration = Calibration()
     score_distribution: ScoreDistribution | None = None
+
+    @field_validator("kind")
+    @classmethod
+    def _carries_its_trained_base(cls, value: str, info: ValidationInfo) -> str:
+        base = info.data.get("base_model_name", "")
+        if value == "full_head" and not _OWN_FOLDER.fullmatch(base):
+            raise ValueError(f"full_head keeps its weights in the artifact; expected base_model_name './folder', not {_short(base)}")
+        return value
 
     @field_validator("template")
     @classmethod
@@ -166,7 +180,7 @@ def open_artifact(model: str, *, base_model: str | None = None, offline: bool = 
     """Find the artifact and its base, check layout and hashes. Raises ArtifactInvalid with one line."""
     root = DEMO_PATH if model == "demo" else _find(model, None, offline, "model")
     config = _read_model(root / CONFIG_NAME, RewardModelConfig)
-    _check_layout(root)
+    _check_layout(root, config)
     _check_hashes(root, config)
     assumed = tuple(f"{name}={_show(getattr(config, name))}" for name in _ASSUMABLE if name not in config.model_fields_set)
     artifact = Artifact(root, config, _find_base(root, config, base_model, offline), assumed)
@@ -187,7 +201,7 @@ def write_config(root: Path, config: RewardModelConfig) -> RewardModelConfig:
     """
     for path in root.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
-    files = {name: file_sha256(root / name) for name in _listed_files(root)}
+    files = {name: file_sha256(root / name) for name in _listed_files(root, config)}
     config = config.model_copy(update={"files": files})
     text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False)
     (root / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
@@ -213,9 +227,14 @@ def base_sha256(base_path: Path) -> str:
 def fingerprint(artifact: Artifact, base_digest: str, runtime: dict[str, str]) -> str:
     """SHA-256 over everything that can change a score: recipe, files, base, and how this process computes."""
     config = artifact.config.model_dump(mode="json", exclude=_NOT_SCORING)
-    scoring = [artifact.root / name for name in _listed_files(artifact.root) if not name.startswith("golden") and not name.endswith(".md")]
+    scoring = [artifact.root / name for name in _own_files(artifact.root) if not name.startswith("golden") and not name.endswith(".md")]
     files = {str(path.relative_to(artifact.root)): digest for path, digest in _hash_all(scoring)}
     return _digest({"config": config, "files": files, "base": base_digest, "runtime": runtime})
+
+
+def find_base(name: str, revision: str | None = None, *, offline: bool = False) -> Path:
+    """The directory of a base model, by path or pinned Hub id, with weights that can be loaded safely. Raises ArtifactInvalid."""
+    return _checked_base_folder(_find(name, revision, offline, "base model"))
 
 
 def _digest(value: Any) -> str:
@@ -228,11 +247,21 @@ def _hash_all(paths: Iterable[Path]) -> list[tuple[Path, str]]:
         return list(zip(paths, pool.map(file_sha256, paths), strict=True))
 
 
-def _listed_files(root: Path) -> list[str]:
+def _listed_files(root: Path, config: RewardModelConfig) -> list[str]:
+    """The files whose hashes the configuration lists: the artifact's own, and its base if that was trained."""
+    base = [] if config.kind == "lora_head" else _find_files(root, f"{config.base_model_name}/**/*")
+    return sorted([*_own_files(root), *base])
+
+
+def _own_files(root: Path) -> list[str]:
     """Every file that belongs to the artifact, relative, without the configuration itself, the base and example pictures."""
     parts = [HEAD_NAME, PICKLED_HEAD_NAME, GOLDEN_NAME, f"{ADAPTER_NAME}/**/*", f"{PROCESSOR_NAME}/**/*", "golden/**/*"]
+    return sorted(_find_files(root, *parts))
+
+
+def _find_files(root: Path, *parts: str) -> list[str]:
     found = (path for part in parts for path in root.glob(part) if path.is_file() and not path.name.startswith("."))
-    return sorted(str(path.relative_to(root).as_posix()) for path in found)
+    return [path.relative_to(root).as_posix() for path in found]
 
 
 def _read_model(path: Path, model: type[_Model]) -> _Model:
@@ -275,7 +304,12 @@ def _find(name: str, revision: str | None, offline: bool, what: str) -> Path:
 
 
 def _find_base(root: Path, config: RewardModelConfig, override: str | None, offline: bool) -> Path:
-    base = _locate_base(root, config, override, offline)
+    if override and config.kind == "full_head":
+        raise ArtifactInvalid(f"{root / CONFIG_NAME}: a full_head artifact carries its trained base; expected no other, found {override}")
+    return _checked_base_folder(_locate_base(root, config, override, offline))
+
+
+def _checked_base_folder(base: Path) -> Path:
     _refuse_remote_code(base)
     if not (base / "config.json").is_file():
         raise ArtifactInvalid(f"{base / 'config.json'}: missing; {base} is not a base model")
@@ -298,10 +332,8 @@ def _locate_base(root: Path, config: RewardModelConfig, override: str | None, of
     return base
 
 
-def _check_layout(root: Path) -> None:
-    for path in (root / ADAPTER_NAME / "adapter_config.json", root / ADAPTER_NAME / ADAPTER_WEIGHTS_NAME):
-        if not path.is_file():
-            raise ArtifactInvalid(f"{path}: missing")
+def _check_layout(root: Path, config: RewardModelConfig) -> None:
+    _check_adapter_files(root / ADAPTER_NAME, config)
     if not (root / PROCESSOR_NAME).is_dir():
         raise ArtifactInvalid(f"{root / PROCESSOR_NAME}: missing; it holds tokenizer, image processor and chat template")
     heads = [name for name in (HEAD_NAME, PICKLED_HEAD_NAME) if (root / name).is_file()]
@@ -313,6 +345,16 @@ def _check_layout(root: Path) -> None:
     _refuse_remote_code(root / PROCESSOR_NAME)
 
 
+def _check_adapter_files(folder: Path, config: RewardModelConfig) -> None:
+    if config.kind == "full_head":
+        if folder.exists():
+            raise ArtifactInvalid(f"{folder}: expected no adapter in a full_head artifact; its base holds every trained weight")
+        return
+    for path in (folder / "adapter_config.json", folder / ADAPTER_WEIGHTS_NAME):
+        if not path.is_file():
+            raise ArtifactInvalid(f"{path}: missing")
+
+
 def _refuse_remote_code(folder: Path) -> None:
     for path in sorted(folder.glob("*.json")):
         if b'"auto_map"' in path.read_bytes():
@@ -322,7 +364,7 @@ def _refuse_remote_code(folder: Path) -> None:
 def _check_hashes(root: Path, config: RewardModelConfig) -> None:
     if not config.files:
         return
-    present = set(_listed_files(root))
+    present = set(_listed_files(root, config))
     if absent := sorted(set(config.files) - present):
         raise ArtifactInvalid(f"{root / absent[0]}: missing, expected sha256 {config.files[absent[0]]}")
     if strange := sorted(present - set(config.files)):

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-import click
 import typer
 from pydantic import SecretStr
 from rich.console import Console
@@ -37,13 +36,22 @@ Url = Annotated[str | None, typer.Option(help="Ask a running server instead of l
 Model = Annotated[str | None, typer.Option(help="A directory, a Hub id or `demo`.")]
 Base = Annotated[str | None, typer.Option("--base-model", help="Where the base model lies.")]
 Prompt = Annotated[str | None, typer.Option(help="The instruction the captions answer.")]
-Image = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The picture.")]
+_NO_IMAGE = Path("-")
+
+
+def _checked_image(image: Path) -> Path:
+    if image != _NO_IMAGE and not image.is_file():
+        raise typer.BadParameter(f"file {str(image)!r} does not exist")
+    return image
+
+
+Image = Annotated[Path, typer.Argument(callback=_checked_image, help="The picture; - for a text-only model.")]
 
 
 def main() -> None:
     """Entry point: a refused start is one line and exit code 3, a refused request one line and exit code 1."""
     try:
-        app(standalone_mode=False)
+        app()  # a wrong usage is typer's to show, exit code 2; an interrupt is exit code 130
     except StartRefused as error:
         err.print(f"punchline: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(StartRefused.exit_code)
@@ -51,11 +59,6 @@ def main() -> None:
         where = f" ({error.field})" if error.field else ""
         err.print(f"punchline: {error.code}: {error.message}{where}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
 
 
 def _option_type(annotation: Any) -> Any:
@@ -114,7 +117,7 @@ def score(
 ) -> None:
     """Score captions of one picture, best first."""
     body = {"captions": captions, **_named(prompt=prompt)}
-    answer = remote_post(url, "/score", image, body, _key()) if url else _local_score(image, captions, prompt, model, base_model)
+    answer = remote_post(url, "/score", _picture(image), body, _key()) if url else _local_score(image, captions, prompt, model, base_model)
     if as_json:
         out.print_json(data=answer)
         return
@@ -138,7 +141,7 @@ def compare(
 ) -> None:
     """Say which of two captions of one picture is preferred."""
     answer = (
-        remote_post(url, "/compare", image, {"a": a, "b": b, **_named(prompt=prompt)}, _key())
+        remote_post(url, "/compare", _picture(image), {"a": a, "b": b, **_named(prompt=prompt)}, _key())
         if url
         else _local_compare(image, a, b, prompt, model, base_model)
     )
@@ -187,7 +190,9 @@ def convert(
     source: Annotated[str, typer.Argument(help="The published artifact: a directory or a Hub id.")],
     target: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")],
     base_model: Base = None,
-    golden: Annotated[Path | None, typer.Option(help="JSON lines of {image, captions, prompt?} to become golden items.")] = None,
+    golden: Annotated[
+        Path | None, typer.Option(help="JSON lines of {image, captions, prompt?} (a text-only model: no image) to become golden items.")
+    ] = None,
     offline: Annotated[bool, typer.Option(help="Never ask the Hub.")] = False,
 ) -> None:
     """Write the full artifact: safetensors head, every default spelt out, hashes, golden scores."""
@@ -212,7 +217,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def _local_score(image: Path, captions: list[str], prompt: str | None, model: str | None, base_model: str | None) -> dict[str, Any]:
     from app.service import GroupRequest
 
-    request = GroupRequest(tuple(captions), image=image.read_bytes(), prompt=prompt)
+    request = GroupRequest(tuple(captions), image=None if image == _NO_IMAGE else image.read_bytes(), prompt=prompt)
 
     async def ask() -> dict[str, Any]:
         from app.main import running
@@ -283,6 +288,13 @@ def _quiet_libraries() -> None:
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+
+
+def _picture(image: Path) -> Path:
+    """What is sent to `--url`."""
+    if image == _NO_IMAGE:
+        raise typer.BadParameter("a server's text-only model is asked by POST /score; here name a picture or leave --url out")
+    return image
 
 
 def _named(**values: Any) -> dict[str, Any]:

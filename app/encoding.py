@@ -24,6 +24,8 @@ from app.errors import ApiError, ArtifactInvalid, ImageRejected, InvalidRequest,
 from app.images import shrink, shrunk_size
 
 _Part = TypeVar("_Part")
+TEXT_ONLY_FAMILIES = ("qwen2",)  # model types of bases without a vision tower
+_SLOTS = ("{prompt}", "{caption}")
 _SLOT = "\ue000slot\ue000"  # private use: no template contains it
 _SEAM = 4  # tokens that joining two texts may add to the sum of theirs
 _NUM_BYTES = 256  # byte-level tokenizers have a token for each
@@ -39,24 +41,28 @@ class ChatFrame:
     trail_text: str
     trail_ids: tuple[int, ...]
 
+    @property
+    def is_empty(self) -> bool:
+        return not (self.lead_ids or self.lead_text or self.trail_text or self.trail_ids)
+
 
 class Encoder:
-    """Encodes groups for one artifact. Implements `GroupEncoder`."""
+    """Encodes groups for one artifact. Implements `GroupEncoder`. Without `image_token_id` it takes text only."""
 
-    def __init__(self, config: RewardModelConfig, tokenizer: Any, image_processor: Any, image_token_id: int) -> None:
+    def __init__(self, config: RewardModelConfig, tokenizer: Any, image_processor: Any, image_token_id: int | None) -> None:
         self._config = config
         self._plain = _plain_tokenizer(tokenizer)
         self._processor = image_processor
         self._image_token_id = image_token_id
-        self._frame = _chat_frame(tokenizer)
+        self._frame, self._template = _frame(config, tokenizer, with_image=self.takes_images)
         self._prompt_first = config.template.index("{prompt}") < config.template.index("{caption}")
         self._num_lead, self._num_between, self._num_trail = self._template_tokens()
-        if self._frame.lead_ids.count(image_token_id) != 1:
+        if image_token_id is not None and self._frame.lead_ids.count(image_token_id) != 1:
             raise ArtifactInvalid("the chat template does not place exactly one image before the text")
 
     @property
     def takes_images(self) -> bool:
-        return True
+        return self._image_token_id is not None
 
     @property
     def config(self) -> RewardModelConfig:
@@ -99,7 +105,7 @@ class Encoder:
         a prompt that is no Unicode text.
         """
         prompt, truncated = self._fit_prompt(group.prompt)
-        errors = self._caption_errors(group.captions)
+        errors = self._caption_errors(prompt, group.captions)
         texts = [self.text(prompt, caption) for caption, error in zip(group.captions, errors, strict=True) if error is None]
         if not texts:
             return None, errors
@@ -112,7 +118,7 @@ class Encoder:
         """The chat of every caption as the model sees it, decoded from its ids."""
         rows = [row for piece in pieces for row in piece.rows]
         image = pieces[0].image
-        pad = str(self._plain.id_to_token(self._image_token_id))
+        pad = "" if self._image_token_id is None else str(self._plain.id_to_token(self._image_token_id))
         count = image.num_tokens if image else 0
         chats = [self._plain.decode(row.tolist(), skip_special_tokens=False) for row in rows]
         return Explanation(
@@ -126,7 +132,7 @@ class Encoder:
 
     def text(self, prompt: str, caption: str) -> str:
         """The user text of one caption, by the artifact's template. Braces in user text are plain text."""
-        head, _, rest = self._config.template.partition("{prompt}")
+        head, _, rest = self._template.partition("{prompt}")
         if "{caption}" in head:  # the caption may come first
             before, _, between = head.partition("{caption}")
             return f"{before}{caption}{between}{prompt}{rest}"
@@ -142,23 +148,26 @@ class Encoder:
         limit = self._config.max_prompt_tokens
         return (text, False) if len(ids) <= limit else (self._plain.decode(ids[:limit]), True)
 
-    def _caption_errors(self, captions: Sequence[str]) -> list[ApiError | None]:
+    def _caption_errors(self, prompt: str, captions: Sequence[str]) -> list[ApiError | None]:
         valid = [_is_unicode(caption) for caption in captions]
         texts = [caption if fine else "" for caption, fine in zip(captions, valid, strict=True)]
         lengths = [len(row.ids) for row in self._plain.encode_batch(texts, add_special_tokens=False)]
-        return [self._caption_error(*found) for found in zip(range(len(texts)), valid, lengths, strict=True)]
+        empty = [self._frame.is_empty and not self.text(prompt, text) for text in texts]
+        return [self._caption_error(*found) for found in zip(range(len(texts)), valid, lengths, empty, strict=True)]
 
-    def _caption_error(self, index: int, valid: bool, length: int) -> ApiError | None:
+    def _caption_error(self, index: int, valid: bool, length: int, empty: bool) -> ApiError | None:
         limit = self._config.max_caption_tokens
         if not valid:
             return ItemRejected("the caption has lone surrogates", code="invalid_unicode", index=index)
         if length > limit:
             return ItemRejected(f"the caption is longer than {limit} tokens", code="caption_too_long", index=index)
+        if empty:
+            return ItemRejected("prompt and caption are both empty; there is nothing to score", code="empty_text", index=index)
         return None
 
     def _template_tokens(self) -> tuple[int, int, int]:
         """Tokens before the first slot, between the slots and after the last, each with room for a seam; image tokens left out."""
-        frame, template = self._frame, self._config.template
+        frame, template = self._frame, self._template
         first, second = ("{prompt}", "{caption}") if self._prompt_first else ("{caption}", "{prompt}")
         head, _, rest = template.partition(first)
         between, _, after = rest.partition(second)
@@ -181,24 +190,23 @@ class Encoder:
 
 
 def load_encoder(artifact: Artifact) -> Encoder:
-    """Tokenizer and image processor of the artifact, read apart (the combined Qwen processor wants torchvision)."""
+    """Tokenizer and image processor of the artifact, read apart (the combined Qwen processor wants torchvision).
+
+    A text-only base has no image processor; raw captions need no chat template.
+    """
     path = artifact.processor_path
+    base = _read_base_config(artifact)
     tokenizer = _read("tokenizer", path, lambda: AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False))
-    processor = _read(
-        "image processor",
-        path,
-        lambda: AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True, trust_remote_code=False),
-    )
-    if tokenizer.chat_template is None:
+    _check_vocabulary(path, tokenizer, base)
+    processor = None if base["image_token_id"] is None else _load_image_processor(path, base)
+    if tokenizer.chat_template is None and artifact.config.caption_role == "user":
         raise ArtifactInvalid(f"{path}: no chat template")
-    base = _read_base_config(artifact.base_path / "config.json")
-    _check_geometry(path, tokenizer, processor, base)
     return _read("chat template", path, lambda: Encoder(artifact.config, tokenizer, processor, base["image_token_id"]))
 
 
 def num_shared(rows: Sequence[Ids]) -> int:
-    """Length of the longest common prefix, short enough to leave every row one token of its own."""
-    limit = min(len(row) for row in rows) - 1
+    """Length of the longest common prefix, short enough to leave every row one token of its own (an empty row shares nothing)."""
+    limit = max(min(len(row) for row in rows) - 1, 0)
     first = rows[0]
     for row in rows[1:]:
         differs = np.flatnonzero(first[:limit] != row[:limit])
@@ -206,7 +214,7 @@ def num_shared(rows: Sequence[Ids]) -> int:
     return limit
 
 
-def positions(row: Ids, image: EncodedImage | None, image_token_id: int, merge_size: int) -> Ids:
+def positions(row: Ids, image: EncodedImage | None, image_token_id: int | None, merge_size: int) -> Ids:
     """Three-axis rotary positions of one whole sequence: [3, length] (time, height, width).
 
     Text advances all axes by one; an image spans its merged grid and the text after it goes on behind the largest
@@ -248,21 +256,37 @@ def _read(what: str, path: Path, load: Callable[[], _Part]) -> _Part:
         raise ArtifactInvalid(f"{path}: {what} cannot be read ({type(error).__name__})") from None
 
 
-def _read_base_config(path: Path) -> dict[str, Any]:
+def _read_base_config(artifact: Artifact) -> dict[str, Any]:
+    """The base's configuration, its `image_token_id` None for a text-only base."""
+    path = artifact.base_path / "config.json"
     config = _read("configuration", path, lambda: json.loads(path.read_bytes()))
+    if isinstance(config, dict) and config.get("model_type") in TEXT_ONLY_FAMILIES:
+        return config | {"image_token_id": None}
     if not isinstance(config, dict) or not isinstance(config.get("image_token_id"), int):
         raise ArtifactInvalid(f"{path}: no image_token_id; not a vision-language base")
+    if artifact.config.caption_role == "raw":
+        raise ArtifactInvalid(f"{path}: caption_role raw expects a text-only base, found {config.get('model_type')}")
     return config
 
 
-def _check_geometry(path: Path, tokenizer: Any, processor: Any, base: dict[str, Any]) -> None:
-    """Ids the base has embeddings for, and patches of the size its vision tower cuts."""
+def _load_image_processor(path: Path, base: dict[str, Any]) -> Any:
+    """The image processor, which cuts patches of the size the base's vision tower takes."""
+    processor = _read(
+        "image processor",
+        path,
+        lambda: AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True, trust_remote_code=False),
+    )
     vision = base.get("vision_config", {})
     pairs = (("patch_size", "patch_size"), ("merge_size", "spatial_merge_size"), ("temporal_patch_size", "temporal_patch_size"))
     for ours, theirs in pairs:
         found, expected = getattr(processor, ours), vision.get(theirs, getattr(processor, ours))
         if found != expected:
             raise ArtifactInvalid(f"{path}: image processor of another base: expected {ours} {expected}, found {found}")
+    return processor
+
+
+def _check_vocabulary(path: Path, tokenizer: Any, base: dict[str, Any]) -> None:
+    """Ids the base has embeddings for."""
     if len(tokenizer) - len(tokenizer.get_added_vocab()) < _NUM_BYTES:  # transformers makes an empty one when its file is missing
         raise ArtifactInvalid(f"{path}: tokenizer without a vocabulary")
     num_known = base.get("text_config", base).get("vocab_size", len(tokenizer))
@@ -282,12 +306,32 @@ def _plain_tokenizer(tokenizer: Any) -> Tokenizer:
     return plain
 
 
-def _chat_frame(tokenizer: Any) -> ChatFrame:
-    content = [{"type": "image"}, {"type": "text", "text": _SLOT}]
+def _frame(config: RewardModelConfig, tokenizer: Any, *, with_image: bool) -> tuple[ChatFrame, str]:
+    """What stands around the user text, and the template of that text.
+
+    A raw text has no chat: the ends of its template are its frame, so that an end-of-text token written there is one.
+    """
+    if config.caption_role == "raw":
+        before, slots, after = _partition_slots(config.template)
+        if special := next((token for token in tokenizer.get_added_vocab() if token in slots), None):
+            raise ArtifactInvalid(f"the template has {special} between prompt and caption, where it would be plain text")
+        return _cut_frame(tokenizer, before, after), slots
+    content = [{"type": "image"}, {"type": "text", "text": _SLOT}] if with_image else _SLOT
     chat = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=False)
     if chat.count(_SLOT) != 1:
         raise ArtifactInvalid("the chat template does not place the user text exactly once")
     before, _, after = chat.partition(_SLOT)
+    return _cut_frame(tokenizer, before, after), config.template
+
+
+def _partition_slots(template: str) -> tuple[str, str, str]:
+    """A template before its first slot, from there to the end of its last, and after that."""
+    start = min(template.index(slot) for slot in _SLOTS)
+    end = max(template.index(slot) + len(slot) for slot in _SLOTS)
+    return template[:start], template[start:end], template[end:]
+
+
+def _cut_frame(tokenizer: Any, before: str, after: str) -> ChatFrame:
     special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
     cut = max((before.rfind(token) + len(token) for token in special if token in before), default=0)
     resume = min((after.find(token) for token in special if token in after), default=len(after))

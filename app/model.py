@@ -1,4 +1,4 @@
-"""The reward model in memory: backbone with LoRA plus scalar head, loaded with every check, run on packed groups."""
+"""The reward model in memory: backbone, with LoRA or trained whole, plus scalar head, loaded with every check, run on packed groups."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from transformers import AutoConfig, AutoModel
 
 from app import attention
 from app.artifacts import ADAPTER_WEIGHTS_NAME, Artifact, base_sha256, fingerprint
+from app.encoding import TEXT_ONLY_FAMILIES
 from app.errors import ArtifactInvalid
 from app.heads import LinearHead, load_head
 from app.packing import Packed
 
-ENCODING_VERSION = "1"  # raise it whenever ids, pixels, packing or pooling change
+ENCODING_VERSION = "2"  # raise it whenever ids, pixels, packing, attention or pooling change
 _SCORING_LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "pillow")
 _UNUSED_BASE_KEYS = {"lm_head.weight"}
-SUPPORTED_FAMILIES = ("qwen2_5_vl",)
+SUPPORTED_FAMILIES = ("qwen2_5_vl", *TEXT_ONLY_FAMILIES)
 _MAX_REASON = 300  # characters of a library's own words
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base's weights as well
 _LORA_KEYS = (".lora_A.weight", ".lora_B.weight")
@@ -39,15 +40,20 @@ class RewardModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        backbone.set_attn_implementation({"text_config": attention.register()})
+        name = attention.register()
+        backbone.set_attn_implementation({"text_config": name} if self.takes_images else name)
 
     @property
-    def image_token_id(self) -> int:
-        return int(self.backbone.config.image_token_id)
+    def takes_images(self) -> bool:
+        return str(self.backbone.config.model_type) not in TEXT_ONLY_FAMILIES
+
+    @property
+    def image_token_id(self) -> int | None:
+        return int(self.backbone.config.image_token_id) if self.takes_images else None
 
     @property
     def merge_size(self) -> int:
-        return int(self.backbone.config.vision_config.spatial_merge_size)
+        return int(self.backbone.config.vision_config.spatial_merge_size) if self.takes_images else 1
 
     @property
     def device(self) -> torch.device:
@@ -58,11 +64,12 @@ class RewardModel(nn.Module):
         embedded = self.backbone.get_input_embeddings()(packed.input_ids)  # [tokens, hidden]
         if packed.pixel_values is not None:
             features = self._image_features(packed).to(embedded.dtype)  # [image tokens, hidden]
-            here = (packed.input_ids == self.image_token_id).unsqueeze(-1)
+            here = (packed.input_ids == self.backbone.config.image_token_id).unsqueeze(-1)
             embedded = embedded.masked_scatter(here, features)
-        hidden = self.backbone.language_model(
+        language_model = self.backbone.language_model if self.takes_images else self.backbone
+        hidden = language_model(
             inputs_embeds=embedded.unsqueeze(0),
-            position_ids=packed.position_ids,
+            position_ids=packed.position_ids if self.takes_images else packed.position_ids[0],  # text has one axis
             attention_mask={"full_attention": packed.layout},
             use_cache=False,
         ).last_hidden_state[0]  # [tokens, hidden]
@@ -71,15 +78,18 @@ class RewardModel(nn.Module):
 
     def forward_plain(self, input_ids: Tensor, pixel_values: Tensor | None, image_grid_thw: Tensor | None) -> Tensor:
         """One caption by itself, transformers deciding mask and positions: the published usage recipe. [1] float32."""
+        vision = {}
+        if self.takes_images:
+            types = (input_ids == self.backbone.config.image_token_id).int()
+            vision = {"mm_token_type_ids": types, "pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
         hidden = self.backbone(
             input_ids=input_ids,  # [1, tokens]
             attention_mask=torch.ones_like(input_ids),
-            mm_token_type_ids=(input_ids == self.image_token_id).int(),
-            pixel_values=pixel_values,
-            image_grid_thw=image_grid_thw,
             use_cache=False,
+            **vision,
         ).last_hidden_state
-        self.backbone.rope_deltas = None  # transformers leaves it on the module
+        if self.takes_images:
+            self.backbone.rope_deltas = None  # transformers leaves it on the module
         scores: Tensor = self.head(hidden[:, -1])
         return scores
 
@@ -105,22 +115,22 @@ def load_model(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     lora: Literal["merged", "unmerged"] = "merged",
 ) -> LoadedModel:
-    """Base, adapter and head, every part checked against the others. Raises ArtifactInvalid naming the file at fault."""
+    """Base, adapter if there is one, and head, every part checked against the others. Raises ArtifactInvalid naming the file at fault."""
     place = torch.device(resolve_device(device))
     number = resolve_dtype(dtype, artifact.config.dtype, place)
     head = load_head(artifact.head_path, artifact.config.score_head_shape)
-    adapter = _adapter_config(artifact)
-    _check_adapter_file(artifact.adapter_path / ADAPTER_WEIGHTS_NAME)
-    base_digest = _checked_base(artifact, adapter.get("base_model_name_or_path"))
+    has_adapter = artifact.config.kind == "lora_head"
+    base_digest = _checked_base(artifact, _checked_adapter(artifact).get("base_model_name_or_path") if has_adapter else None)
     backbone = load_backbone(artifact, getattr(torch, number))
-    backbone = _with_adapter(backbone, artifact, merge=lora == "merged")
+    if has_adapter:
+        backbone = _with_adapter(backbone, artifact, merge=lora == "merged")
     hidden = backbone.config.get_text_config().hidden_size
     if head.linear.in_features != hidden:
         raise ArtifactInvalid(f"{artifact.head_path}: head takes {head.linear.in_features} values, the base gives {hidden}")
     model = RewardModel(backbone, head).eval().requires_grad_(False)
     _refuse_nonfinite(model, artifact)
     _move(model, place)
-    runtime = {"dtype": number, "device": place.type, "lora": lora, "encoding": ENCODING_VERSION}
+    runtime = {"dtype": number, "device": place.type, "lora": lora if has_adapter else "none", "encoding": ENCODING_VERSION}
     runtime |= {name: version(name) for name in _SCORING_LIBRARIES}
     return LoadedModel(model, fingerprint(artifact, base_digest, runtime), number, str(place))
 
@@ -205,6 +215,13 @@ def _checked_base(artifact: Artifact, named: Any) -> str:
 
 def _both_hub_ids(*names: Any) -> bool:
     return all(isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")) for name in names)
+
+
+def _checked_adapter(artifact: Artifact) -> dict[str, Any]:
+    """The adapter's configuration; configuration and tensors were looked at."""
+    config = _adapter_config(artifact)
+    _check_adapter_file(artifact.adapter_path / ADAPTER_WEIGHTS_NAME)
+    return config
 
 
 def _adapter_config(artifact: Artifact) -> dict[str, Any]:

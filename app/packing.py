@@ -24,7 +24,7 @@ class Packed:
     """Tensors of one forward, and the way back from its rows to the captions that asked."""
 
     input_ids: Tensor  # [tokens]
-    position_ids: Tensor  # [3, 1, tokens]
+    position_ids: Tensor  # [3, 1, tokens]; equal axes without an image
     pooled_index: Tensor  # [rows] the last token of each row
     layout: Layout
     pixel_values: Tensor | None  # [patches, values] of the distinct images
@@ -46,10 +46,11 @@ class _Merged:
     rows: dict[bytes, Ids] = field(default_factory=dict)
 
 
-def pack(groups: Sequence[EncodedGroup], *, image_token_id: int, merge_size: int, device: torch.device) -> Packed:
+def pack(groups: Sequence[EncodedGroup], *, image_token_id: int | None, merge_size: int, device: torch.device) -> Packed:
     """Pack groups into one sequence `[prefix | suffix_1 | ... | suffix_N]` a distinct (image, prompt).
 
     The order is the content's own, not the order of asking: the same captions give the same bits whichever is named first.
+    `image_token_id` is None for a text-only model. Raises ValueError for an image that does not lie whole in its prefix.
     """
     merged: dict[Key, _Merged] = {}
     for group in groups:
@@ -85,7 +86,7 @@ def _num_added(
 class _Builder:
     """Collects the pieces of the packed sequence."""
 
-    def __init__(self, image_token_id: int, merge_size: int) -> None:
+    def __init__(self, image_token_id: int | None, merge_size: int) -> None:
         self._image_token_id = image_token_id
         self._merge_size = merge_size
         self._ids: list[Ids] = []

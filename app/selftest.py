@@ -61,7 +61,7 @@ class SelfTest:
 
     async def _probe(self) -> SelfTestReport:
         """Without golden scores: equal captions must score equal bits, different ones must differ."""
-        request = GroupRequest(_PROBE_CAPTIONS, image=_probe_picture())
+        request = GroupRequest(_PROBE_CAPTIONS, image=_probe_picture() if self._service.takes_images else None)
         first, other, again = await self._score(request)
         passed = first == again and first != other
         message = "no golden scores in the artifact; `punchline convert` adds them" if passed else "the model ignores its captions"

@@ -132,8 +132,14 @@ class ScoringService:
         _note_times(jobs, timing)
         return [self._result(group, own) for group, own in zip(prepared, jobs, strict=True)]
 
+    @property
+    def takes_images(self) -> bool:
+        return self._encoder.takes_images
+
     async def add_image(self, data: bytes) -> StoredImage:
         """Check, keep and prepare an image so that requests can name it by id. Raises ImageRejected and its kin."""
+        if not self.takes_images:
+            raise InvalidRequest("this model takes no image", field="image")
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._add_image, data)
 
     def _add_image(self, data: bytes) -> StoredImage:
@@ -197,7 +203,7 @@ class ScoringService:
 
         Returns the image and the tokens that were reserved, an upper bound.
         """
-        if (request.image is None) == self._encoder.takes_images:
+        if (request.image is None) == self.takes_images:
             raise InvalidRequest("this model needs an image" if request.image is None else "this model takes no image", field="image")
         if request.image is None:
             bound = self._encoder.max_tokens(0, request.prompt, request.captions)

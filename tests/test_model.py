@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModel, Qwen2Config, Qwen2Model
+from transformers import AutoModel, MistralConfig, MistralModel
 
 from app.artifacts import Artifact, base_sha256, open_artifact
 from app.contracts import EncodedGroup
@@ -206,11 +206,11 @@ def remove(part: str) -> Callable[[Tensors], object]:
 
 
 def other_family(root: Path) -> None:
-    config = Qwen2Config(
+    config = MistralConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16, vocab_size=420
     )
     shutil.rmtree(root / "../base")
-    Qwen2Model(config).save_pretrained(root / "../base")
+    MistralModel(config).save_pretrained(root / "../base")
     edit_json(root / "../base/config.json", image_token_id=410)
 
 
@@ -290,7 +290,7 @@ FAULTS: dict[str, tuple[Damage, str]] = {
         lambda root: edit_json(root / "reward_model_config.json", base_model_sha256="0" * 64),
         f"another base than the adapter was trained on: expected sha256 {'0' * 64}, found [0-9a-f]{{64}}",
     ),
-    "a base of another family": (other_family, r"config.json: expected one of \('qwen2_5_vl',\), found 'qwen2'"),
+    "a base of another family": (other_family, r"config.json: expected one of \('qwen2_5_vl', 'qwen2'\), found 'mistral'"),
     "a base of no family": (lambda root: edit_json(root / "../base/config.json", model_type="nope"), "config.json: cannot be read"),
     "a quantised base": (
         lambda root: edit_json(root / "../base/config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),

@@ -68,12 +68,13 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(stderr=True)
     console.print("building random weights in the shapes of Qwen2.5-VL-3B")
-    model = build_model(Geometry(layers, vision_layers)).to(device)
+    geometry = Geometry(layers, vision_layers)
+    model = build_model(geometry).to(device)
     timings = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=4 * (rounds + 1) * 2)
         for pairs_per_image in (count for count in (1, 2, 4, 8) if pairs % count == 0):
-            work = make_groups(pairs, pairs_per_image, (grid[0], grid[1]), model.image_token_id)
+            work = make_groups(pairs, pairs_per_image, (grid[0], grid[1]), geometry.image_token_id)
             timings.append(measure(model, work, pairs_per_image, rounds, lambda: progress.advance(task)))
     hardware = f"{describe_hardware(device)}; {layers} text and {vision_layers} vision layers, float32, {pairs} pairs, {rounds} rounds"
     if as_json:
@@ -100,6 +101,10 @@ class Geometry:
     vision_intermediate: int = 3420
     mrope_section: tuple[int, int, int] = (16, 24, 24)
 
+    @property
+    def image_token_id(self) -> int:
+        return self.vocabulary - 1
+
 
 def build_model(geometry: Geometry) -> RewardModel:
     """Random weights with LoRA of the published rank on every linear layer, off zero so that every gradient counts."""
@@ -123,7 +128,7 @@ def build_model(geometry: Geometry) -> RewardModel:
             "out_hidden_size": geometry.hidden,
             "fullatt_block_indexes": [geometry.vision_layers - 1],
         },
-        image_token_id=geometry.vocabulary - 1,
+        image_token_id=geometry.image_token_id,
         vision_start_token_id=geometry.vocabulary - 2,
         vision_end_token_id=geometry.vocabulary - 3,
     )
@@ -208,7 +213,7 @@ def pad_groups(model: RewardModel, groups: Sequence[EncodedGroup]) -> tuple[dict
     for number, row in enumerate(rows):
         ids[number, : len(row)] = torch.from_numpy(row)
         mask[number, : len(row)] = 1
-    batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == model.image_token_id).int()}
+    batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": torch.eq(ids, model.image_token_id or -1).int()}
     batch["pixel_values"] = torch.from_numpy(np.concatenate([image.patches for image in images if image is not None]))
     batch["image_grid_thw"] = torch.tensor([image.grid_thw for image in images if image is not None])
     return {name: value.to(model.device) for name, value in batch.items()}, ids.numel()

@@ -56,6 +56,14 @@ def test_a_server_that_is_not_there_is_one_line() -> None:
     assert done.stderr.strip() == "punchline: unreachable: http://127.0.0.1:9 does not answer (ConnectError)"
 
 
+def test_a_wrong_usage_is_shown_with_exit_code_2() -> None:
+    for arguments in (("score", "nowhere.png", "x"), ("score", CARTOON, "x", "--no-such-option"), ("score", "-", "x", "--url", "http://x")):
+        done = punchline(*arguments)
+        assert done.returncode == 2
+        assert "Error" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_a_refused_caption_is_one_line(server: Server) -> None:
     done = punchline("score", CARTOON, "x" * 500, "--url", server.url)
     assert done.returncode == 1

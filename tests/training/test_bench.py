@@ -23,7 +23,7 @@ SMALL = Geometry(
 @pytest.mark.parametrize("pairs_per_image", [1, 2, 4])
 def test_both_ways_give_the_same_gradients(pairs_per_image: int) -> None:
     model = build_model(SMALL)
-    groups = make_groups(4, pairs_per_image, (4, 6), model.image_token_id)
+    groups = make_groups(4, pairs_per_image, (4, 6), SMALL.image_token_id)
     reports: list[None] = []
     timing = measure(model, groups, pairs_per_image, 1, lambda: reports.append(None))
     assert timing.gradient_difference < 1e-4
@@ -35,7 +35,7 @@ def test_both_ways_give_the_same_gradients(pairs_per_image: int) -> None:
 def test_tokens_by_hand() -> None:
     """Prefix 16 + 24 + 60 = 100; one picture's 4 pairs: 100 and 8 suffixes shared, 8 rows of the longest padded."""
     model = build_model(SMALL)
-    (group,) = make_groups(4, 4, (4, 6), model.image_token_id)
+    (group,) = make_groups(4, 4, (4, 6), SMALL.image_token_id)
     suffixes = [len(row) - 100 for row in group.rows]
     assert group.num_prefix == 100
     assert all(25 <= length <= 45 for length in suffixes)

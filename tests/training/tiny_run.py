@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,12 @@ def make_pairs(count: int, num_images: int, rng: random.Random) -> list[Pair]:
         )
         for number in range(count)
     ]
+
+
+def make_text_pairs(count: int, *, seed: str) -> list[Pair]:
+    """The same captions without pictures, all to one prompt."""
+    pairs = make_pairs(count, 4, random.Random(seed))
+    return [replace(pair, image=None, prompt=None) for pair in pairs]
 
 
 def image_name(number: int) -> str:
