@@ -290,11 +290,9 @@ def _quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def _picture(image: Path) -> Path:
-    """What is sent to `--url`."""
-    if image == _NO_IMAGE:
-        raise typer.BadParameter("a server's text-only model is asked by POST /score; here name a picture or leave --url out")
-    return image
+def _picture(image: Path) -> Path | None:
+    """What is sent or read; a text-only model has none."""
+    return None if image == _NO_IMAGE else image
 
 
 def _named(**values: Any) -> dict[str, Any]:

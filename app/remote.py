@@ -13,9 +13,9 @@ from app.errors import ApiError
 TIMEOUT_S = 150.0
 
 
-def remote_post(url: str, route: str, image: Path, fields: dict[str, Any], key: str | None) -> dict[str, Any]:
-    """POST a picture and fields as multipart. Raises ApiError with the server's code and message."""
-    parts: list[tuple[str, Any]] = [("image", (image.name, image.read_bytes()))]
+def remote_post(url: str, route: str, image: Path | None, fields: dict[str, Any], key: str | None) -> dict[str, Any]:
+    """POST fields, and a picture unless the model is text-only, as multipart. Raises ApiError with the server's code and message."""
+    parts: list[tuple[str, Any]] = [] if image is None else [("image", (image.name, image.read_bytes()))]
     for name, value in fields.items():
         values = value if isinstance(value, list) else [value]
         parts += [({"captions": "caption"}.get(name, name), (None, text.encode())) for text in values]

@@ -17,18 +17,20 @@ TABLE = (
     ("errors", "settings", "contracts", "metrics"),
     ("planning", "caches", "preference", "images", "artifacts"),
     ("encoding", "attention", "packing", "heads", "model", "batching"),
-    ("scoring", "service", "selftest"),
+    ("scoring", "golden", "service", "selftest"),
     ("api.bodies", "api.schemas", "api.card", "api.answers", "api.middleware", "api.requests", "api.routes", "api"),
     ("main", "serving", "converting", "remote", "cli"),
 )
 ORDER = {"app": 0} | {f"app.{name}": place for place, name in enumerate((name for row in TABLE for name in row), start=1)}
 HEAVY = {"torch", "transformers", "peft"}
-MAY_LOAD_HEAVY = {f"app.{name}" for name in ("encoding", "attention", "packing", "heads", "model", "scoring", "main", "converting")}
+MAY_LOAD_HEAVY = {
+    f"app.{name}" for name in ("encoding", "attention", "packing", "heads", "model", "scoring", "golden", "main", "converting")
+}
 MAY_LOAD_HEAVY_LATE = {"app.cli"}
 LOADS_HEAVY_BY_IMPORT = MAY_LOAD_HEAVY | {"app.serving"}
 TRAINING_MAY_IMPORT = {
     f"app.{name}"
-    for name in ("contracts", "errors", "images", "artifacts", "encoding", "attention", "packing", "heads", "model", "scoring")
+    for name in ("contracts", "errors", "images", "artifacts", "encoding", "attention", "packing", "heads", "model", "scoring", "golden")
 } | {"app"}
 VAGUE = {"utils", "util", "helpers", "helper", "common", "manager", "handler", "misc"}
 

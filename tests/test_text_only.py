@@ -30,6 +30,7 @@ from app.packing import pack
 from app.scoring import score_plain, score_shared
 from app.serving import application
 from app.settings import Settings
+from tests.e2e.server import started
 from tests.tiny import copy_artifact, edit_json, edit_tensors, encode_text, load_whole, picture, write_published, write_text_only
 
 Kind = Literal["lora_head", "full_head"]
@@ -378,19 +379,20 @@ async def check_refusals(client: httpx.AsyncClient) -> None:
         assert error["message"] == "this model takes no image"
 
 
-def test_the_command_line(written: dict, whole: dict, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line(written: dict, whole: dict, capfd: pytest.CaptureFixture[str]) -> None:
     """`-` stands for no picture; a picture is one line of refusal."""
     encoder, loaded = whole["full_head", "raw"]
     (expected,) = score_plain(loaded.model, [encode_text(encoder, CAPTIONS[:2])])
     chosen = ["--model", str(written["full_head", "raw"]), "--json"]
     command_line(["score", "-", *CAPTIONS[:2], *chosen], standalone_mode=False)
-    assert json.loads(capsys.readouterr().out)["scores"] == pytest.approx(expected.values, abs=1e-5)
+    assert json.loads(capfd.readouterr().out)["scores"] == pytest.approx(expected.values, abs=1e-5)
     command_line(["compare", "-", *CAPTIONS[:2], *chosen], standalone_mode=False)
-    assert json.loads(capsys.readouterr().out)["margin"] == pytest.approx(expected.values[0] - expected.values[1], abs=1e-5)
+    assert json.loads(capfd.readouterr().out)["margin"] == pytest.approx(expected.values[0] - expected.values[1], abs=1e-5)
     with pytest.raises(InvalidRequest, match="this model takes no image"):
         command_line(["score", str(CARTOON), "x", *chosen], standalone_mode=False)
-    with pytest.raises(typer.BadParameter, match="leave --url out"):
-        command_line(["score", "-", "x", "--url", "http://127.0.0.1:9"], standalone_mode=False)
+    with started("--model", str(written["full_head", "raw"])) as server:
+        command_line(["score", "-", *CAPTIONS[:2], "--url", server.url, "--json"], standalone_mode=False)
+    assert json.loads(capfd.readouterr().out)["scores"] == pytest.approx(expected.values, abs=1e-5)
     with pytest.raises(typer.BadParameter, match="does not exist"):
         command_line(["score", "nowhere.png", "x", *chosen], standalone_mode=False)
 

@@ -57,7 +57,7 @@ def test_a_server_that_is_not_there_is_one_line() -> None:
 
 
 def test_a_wrong_usage_is_shown_with_exit_code_2() -> None:
-    for arguments in (("score", "nowhere.png", "x"), ("score", CARTOON, "x", "--no-such-option"), ("score", "-", "x", "--url", "http://x")):
+    for arguments in (("score", "nowhere.png", "x"), ("score", CARTOON, "x", "--no-such-option")):
         done = punchline(*arguments)
         assert done.returncode == 2
         assert "Error" in done.stderr
