@@ -30,7 +30,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
 
 from app.artifacts import (
@@ -59,7 +58,7 @@ from training.batches import draw
 from training.checkpoints import Checkpoint, Checkpoints, find_fault
 from training.collation import leave_out_unfit, read_image
 from training.golden import Proof, choose_inputs, prove_in_fresh_process, scaled_tolerance, widened_tolerance
-from training.loop import TRAINED_NAME
+from training.loop import weights_of
 from training.model_card import CardFacts, read_evaluation, write_card
 from training.pairs import DataInvalid, Pair, read_pairs
 from training.recipe import Recipe
@@ -351,11 +350,10 @@ def _load_trainee(run: Run, partial: Path) -> Trainee:
     ours, theirs = (_digests(root / PROCESSOR_NAME) for root in (partial, run.path))
     if different := sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)):
         raise ExportRefused(f"{trainee.base_path / different[0]}: not the file this run was trained with")
-    path = run.checkpoint.path / TRAINED_NAME
     try:
-        load_trained(trainee.model, load_file(path))
+        load_trained(trainee.model, weights_of(run.checkpoint.path))
     except (OSError, ValueError, SafetensorError) as error:
-        raise ExportRefused(f"{path}: does not fit the run's recipe ({_reason(error)})") from None
+        raise ExportRefused(f"{run.checkpoint.path}: does not fit the run's recipe ({_reason(error)})") from None
     return trainee
 
 

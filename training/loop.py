@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from app.errors import PunchlineError
+from training.averaging import Average
 from training.batches import StepPlan
 from training.checkpoints import Checkpoint, CheckpointFailed, Checkpoints
 from training.collation import Batch, Collator
@@ -25,6 +27,7 @@ from training.tracking import StepMetrics, Tracker, ValidationMetrics
 from training.trainee import Trainee, load_trained
 
 TRAINED_NAME = "trained.safetensors"
+AVERAGED_NAME = "averaged.safetensors"
 
 
 class TrainingFailed(PunchlineError):
@@ -56,6 +59,8 @@ class Training:
         optimiser = make_optimiser(list(trainee.trainable().values()), recipe.optimiser, accelerator.device)
         self._model, self._optimiser = accelerator.prepare(trainee.model, optimiser)
         self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]  # sharded, perhaps
+        decay = recipe.regularisation.averaging
+        self._average = Average(trainee.trainable(), decay) if decay else None
         self._schedule = make_schedule(optimiser, recipe.optimiser, self.num_steps)
         accelerator.register_for_checkpointing(self._schedule)
         accelerator.register_save_state_pre_hook(_save_no_weights)  # the trained ones are saved by name, the base is not
@@ -83,6 +88,8 @@ class Training:
             self._optimiser.step()
             self._schedule.step()
             self._optimiser.zero_grad()
+            if self._average is not None:
+                self._average.update(step)
             speed = self._course.plan.pairs_per_step / (time.monotonic() - began)
             tracker.step(step, StepMetrics(loss_, accuracy, margin, norm, rate, speed))
             last = step == self.num_steps
@@ -106,8 +113,10 @@ class Training:
         try:
             if self._accelerator.distributed_type != "FSDP":
                 load_trained(self._trainee.model, load_file(checkpoint.path / TRAINED_NAME))
+            if self._average is not None:
+                self._average.load(load_file(checkpoint.path / AVERAGED_NAME))
             self._accelerator.load_state(str(checkpoint.path))
-        except (ValueError, RuntimeError, KeyError) as error:
+        except (ValueError, RuntimeError, KeyError, OSError) as error:
             raise CheckpointFailed(f"{checkpoint.path}: does not fit this run ({error})") from error
 
     def _save_together(self, step: int, state: dict[str, Tensor]) -> None:
@@ -129,6 +138,8 @@ class Training:
     def _write(self, folder: Path, state: dict[str, Tensor]) -> None:
         wanted = self._trainee.trainable()
         save_file({name: state[name].detach().cpu().contiguous() for name in wanted}, folder / TRAINED_NAME)
+        if self._average is not None:
+            save_file({name: tensor.cpu() for name, tensor in self._average.tensors.items()}, folder / AVERAGED_NAME)
         self._accelerator.save_state(str(folder))
 
     def _score(self, batch: Batch) -> tuple[PairScores, Tensor | None]:
@@ -139,7 +150,8 @@ class Training:
 
     def _validate(self, step: int, tracker: Tracker) -> None:
         if self._course.validation is not None:
-            tracker.validation(step, self._measure(self._course.validation, self._course.validation_batches))
+            with nullcontext() if self._average is None else self._average.in_place():
+                tracker.validation(step, self._measure(self._course.validation, self._course.validation_batches))
             self._model.train()
 
     @torch.no_grad()
@@ -157,6 +169,12 @@ class Training:
                 sums += torch.stack([losses.sum(), (margins > 0).double().sum(), margins.sum(), torch.ones_like(margins).sum()])
         loss, wins, margin, count = self._accelerator.reduce(sums, "sum").tolist()
         return ValidationMetrics(loss / count, wins / count, margin / count, int(count))
+
+
+def weights_of(checkpoint: Path) -> dict[str, Tensor]:
+    """The weights a checkpoint stands for: the average where one was kept, else those of its last step."""
+    averaged = checkpoint / AVERAGED_NAME
+    return load_file(averaged if averaged.exists() else checkpoint / TRAINED_NAME)
 
 
 def _asked(gaps: Tensor | None, loss: Loss) -> Tensor | None:

@@ -68,6 +68,16 @@ class Loss(_Strict):
     )
 
 
+class Regularisation(_Strict):
+    """What keeps a model trained from nothing, or on few contests, from learning its captions by heart."""
+
+    token_dropout: float = Field(0.0, ge=0, lt=1, description="Share of text tokens whose embedding is set to zero in training.")
+    embedding_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the embeddings of text tokens.")
+    averaging: float = Field(
+        0.0, ge=0, lt=1, description="Decay of the moving average of the trained weights, which is validated and exported; 0: none."
+    )
+
+
 class Optimiser(_Strict):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) and its schedule, counted in optimiser steps."""
 
@@ -103,6 +113,7 @@ class Recipe(_Strict):
     lora: Lora | None = None
     data: Data = Data()
     loss: Loss = Loss()
+    regularisation: Regularisation = Regularisation()
     optimiser: Optimiser
     run: Run
 

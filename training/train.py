@@ -98,6 +98,8 @@ def refuse_unsharded(recipe: Recipe, accelerator: Accelerator) -> None:
     """What FSDP would do wrongly in silence, or refuse in words of its own."""
     if not accelerator.is_fsdp2:
         raise RecipeInvalid("FSDP version 1 clips the gradients of each shard by itself; launch with --fsdp_version 2")
+    if recipe.regularisation.averaging:
+        raise RecipeInvalid("regularisation.averaging keeps whole weights on every device; leave it out under FSDP")
     if recipe.model.dtype != "float32":
         raise RecipeInvalid("FSDP shards weights of one format only: set model.dtype to float32 (run.mixed_precision may be bf16)")
 

@@ -16,7 +16,7 @@ from app.artifacts import PROCESSOR_NAME, Artifact, RewardModelConfig, find_base
 from app.encoding import Encoder, load_encoder
 from app.heads import LinearHead
 from app.model import RewardModel, load_backbone
-from training.recipe import Lora, Model, Recipe
+from training.recipe import Lora, Model, Recipe, Regularisation
 
 OWN_BASE = "./base"  # where an artifact keeps a base that was trained itself
 _PROCESSOR_FILES = (
@@ -53,6 +53,7 @@ def make_trainee(recipe: Recipe, run: Path) -> Trainee:
     peft = None if recipe.lora is None else add_lora(backbone, recipe.lora)
     model = RewardModel(backbone if peft is None else peft.get_base_model(), LinearHead(config.score_head_shape[1]))
     model.head.requires_grad_(True)
+    drop_embeddings(model.backbone.get_input_embeddings(), recipe.regularisation)
     if recipe.run.gradient_checkpointing:
         model.backbone.activation_checkpointing_enable({"use_reentrant": False})
     return Trainee(model, encoder, peft, base_path, config)
@@ -65,6 +66,19 @@ def add_lora(backbone: Any, lora: Lora) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks transformers 5.23 so
         return get_peft_model(backbone, config)
+
+
+def drop_embeddings(layer: nn.Module, wanted: Regularisation) -> None:
+    """Dropout on what the embedding layer gives, while it trains: whole tokens, then single values. Image tokens come later."""
+
+    def drop(module: nn.Module, arguments: tuple[Any, ...], embedded: Tensor) -> Tensor:
+        if not module.training:
+            return embedded
+        kept = torch.rand(embedded.shape[:-1], device=embedded.device) >= wanted.token_dropout
+        return nn.functional.dropout(embedded * kept.unsqueeze(-1), wanted.embedding_dropout)
+
+    if wanted.token_dropout or wanted.embedding_dropout:
+        layer.register_forward_hook(drop)
 
 
 def describe(recipe: Recipe, base_path: Path) -> RewardModelConfig:

@@ -16,7 +16,7 @@ from tests.training.tiny_run import QUIET, TinyRun, write_tiny_run
 from training.batches import StepPlan
 from training.checkpoints import CheckpointFailed, Checkpoints
 from training.collation import Collator
-from training.loop import TRAINED_NAME, TrainingFailed
+from training.loop import AVERAGED_NAME, TRAINED_NAME, TrainingFailed, weights_of
 from training.pairs import DataInvalid, Pair, read_pairs, write_pairs
 from training.preference import bradley_terry_loss, score_pairs
 from training.train import choose_pairs, key_of, make_accelerator, make_course, train
@@ -33,8 +33,8 @@ def metrics_of(run: Path, name: str = "loss") -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
-def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step-{step:07d}" / TRAINED_NAME)
+def weights_in(run: Path, step: int, name: str = TRAINED_NAME) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:07d}" / name)
 
 
 def planned_steps(tiny: TinyRun, pairs_per_image: int, num_steps: int) -> list[list[list[Pair]]]:
@@ -118,24 +118,25 @@ def test_accumulated_batches_are_one_step(tiny: TinyRun, tmp_path: Path) -> None
     small = TinyRun(tiny.base, data)
     small.train(tmp_path / "two", run={"batch_size": 4, "num_accumulated": 2, "max_steps": 1})
     small.train(tmp_path / "one", run={"batch_size": 8, "num_accumulated": 1, "max_steps": 1})
-    one, two = weights_of(tmp_path / "one", 1), weights_of(tmp_path / "two", 1)
+    one, two = weights_in(tmp_path / "one", 1), weights_in(tmp_path / "two", 1)
     assert metrics_of(tmp_path / "one", "grad_norm") == pytest.approx(metrics_of(tmp_path / "two", "grad_norm"), rel=1e-4)
     torch.testing.assert_close(one["head.linear.weight"].sign(), two["head.linear.weight"].sign())
 
 
 def test_resumed_is_uninterrupted_to_the_bit(tiny: TinyRun, tmp_path: Path) -> None:
     """Also with dropout, whose random numbers are part of the state; stopped in the second epoch (an epoch has 6 steps)."""
-    lora = {"dropout": 0.2}
-    tiny.train(tmp_path / "whole", lora=lora, run={"max_steps": 10})
-    tiny.train(tmp_path / "cut", lora=lora, run={"max_steps": 10})
+    sections = {"lora": {"dropout": 0.2}, "regularisation": {"token_dropout": 0.1, "embedding_dropout": 0.1, "averaging": 0.9}}
+    tiny.train(tmp_path / "whole", run={"max_steps": 10}, **sections)
+    tiny.train(tmp_path / "cut", run={"max_steps": 10}, **sections)
     remove_checkpoint(tmp_path / "cut", 10)  # as a kill before it was written would leave the folder
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 11, "lo')
-    tiny.train(tmp_path / "cut", resume=True, lora=lora, run={"max_steps": 10})
+    tiny.train(tmp_path / "cut", resume=True, run={"max_steps": 10}, **sections)
     assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
     assert metrics_of(tmp_path / "cut", "validation_loss") == metrics_of(tmp_path / "whole", "validation_loss")
-    whole, cut = weights_of(tmp_path / "whole", 10), weights_of(tmp_path / "cut", 10)
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    for name in (TRAINED_NAME, AVERAGED_NAME):
+        whole, cut = weights_in(tmp_path / "whole", 10, name), weights_in(tmp_path / "cut", 10, name)
+        assert all(torch.equal(whole[each], cut[each]) for each in whole)
 
 
 def remove_checkpoint(run: Path, step: int) -> None:
@@ -200,6 +201,21 @@ def test_centring_pulls_scores_to_zero_and_margins_push_them_apart(tiny: TinyRun
     assert metrics_of(tmp_path / "asked") == pytest.approx([math.log(1 + math.e)], abs=1e-4)
     tiny.train(tmp_path / "centred", loss={"centring": 0.1}, run={"max_steps": 1})
     assert metrics_of(tmp_path / "centred") == pytest.approx([math.log(2)], abs=1e-4)
+
+
+def test_the_average_is_validated_and_exported_the_weights_are_trained(tiny: TinyRun, tmp_path: Path) -> None:
+    """Averaging changes no training loss, only what is validated and what a checkpoint stands for."""
+    run = {"max_steps": 8, "validate_every": 8}
+    tiny.train(tmp_path / "plain", run=run)
+    tiny.train(tmp_path / "averaged", run=run, regularisation={"averaging": 0.99})
+    assert metrics_of(tmp_path / "averaged") == metrics_of(tmp_path / "plain")
+    assert metrics_of(tmp_path / "averaged", "validation_loss") != metrics_of(tmp_path / "plain", "validation_loss")
+    last = tmp_path / "averaged" / "checkpoints" / "step-0000008"
+    chosen, averaged = weights_of(last), load_file(last / AVERAGED_NAME)
+    assert all(torch.equal(chosen[name], averaged[name]) for name in averaged)
+    plain = weights_of(tmp_path / "plain" / "checkpoints" / "step-0000008")
+    assert plain.keys() == chosen.keys()
+    assert not torch.equal(plain["head.linear.weight"], chosen["head.linear.weight"])
 
 
 def test_a_margin_needs_the_gap(tiny: TinyRun, tmp_path: Path) -> None:
