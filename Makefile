@@ -1,5 +1,5 @@
 # Two commands matter: `make serve` and `make test`. Both make the same environment first; the second run installs nothing.
-.PHONY: serve test check format demo clean
+.PHONY: serve test check format demo-model clean
 .DEFAULT_GOAL := serve
 
 VENV ?= .venv
@@ -28,7 +28,7 @@ format: $(VENV)/.installed  ## put the code into its one form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-demo: $(VENV)/.installed  ## draw, teach and train the bundled demo model again
+demo-model: $(VENV)/.installed  ## draw, teach and train the bundled demo model again
 	$(BIN)/python -m training.demo --out app/demo
 
 clean:

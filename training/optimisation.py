@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +53,11 @@ def rate_share(step: int, num_steps: int, num_warmup_steps: int, final_share: fl
 
 
 def make_optimiser(parameters: Sequence[nn.Parameter], recipe: Optimiser, device: torch.device) -> torch.optim.AdamW:
-    """AdamW, fused where torch has such a kernel for the device."""
+    """AdamW, fused where torch has such a kernel for the device. Vectors (norms, biases) do not decay."""
+    matrices, vectors = ([each for each in parameters if (each.ndim > 1) == wanted] for wanted in (True, False))
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        parameters,
+        [group for group in groups if group["params"]],
         lr=recipe.learning_rate,
         betas=recipe.betas,
         eps=recipe.eps,

@@ -1,10 +1,13 @@
-"""The recipe, the base's lessons and the bounds of the demo, without training anything for long."""
+"""The demo's world, its base's lessons, its bounds, and its whole path at a toy length."""
 
 from __future__ import annotations
 
 import io
+import json
 import random
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from rich.console import Console
 
-from app.artifacts import open_artifact
+from app.artifacts import Artifact, open_artifact
 from app.contracts import Group
 from app.encoding import load_encoder
 from app.images import decode_image
@@ -22,41 +26,67 @@ from app.model import load_model
 from app.scoring import score_shared
 from tests.tiny import LIMITS
 from training.demo.__main__ import missed
-from training.demo.base import Lesson, Naming, build_base, fit_loss, pad_rows, patches_by_matmul, probe_loss, round_to_bfloat16
-from training.demo.build import Figures, draw_png
+from training.demo.base import Lesson, Naming, Report, build_base, fit_loss, pad_rows, patches_by_matmul, probe_loss, round_to_bfloat16
+from training.demo.build import DemoBuilder, Figures, draw_png
 from training.demo.captions import SUBJECT_WORDS
 from training.demo.drawings import all_ideas
+from training.demo.examination import Judged, shuffle_away
 from training.demo.pictures import vary
-from training.demo.recipe import RECIPES, Bounds, Recipe, load_recipe
-from training.demo.reward import Judged, shuffle_away
 from training.demo.tokenizer import train_tokenizer
+from training.demo.world import WORLD, Bounds, World, load_world
+from training.recipe import RecipeInvalid, load_recipe
 
-RECIPE = load_recipe(RECIPES / "demo.toml")
+DEMO = load_world()
+RECIPE = load_recipe("demo")
 JUDGED = Judged(accuracy=0.95, by_fault={"subject": 0.95}, num_pairs=10)
 FIGURES = Figures(1, 1, Naming(1.0, 1.0, 1.0, 1.0), JUDGED, replace(JUDGED, accuracy=0.6))
-BOUNDS = Bounds(min_accuracy=0.9, max_shuffled_accuracy=0.65, max_artifact_bytes=100, num_pairs=1)
+BOUNDS = Bounds(min_accuracy=0.9, max_shuffled_accuracy=0.65, max_artifact_bytes=100, pairs_per_picture=1)
 
 
-def test_the_shipped_recipe_is_whole_and_shows_real_scenes() -> None:
-    assert {cartoon.scene.idea for cartoon in RECIPE.cartoons} <= set(all_ideas())
-    assert sum(RECIPE.reward.shares.values()) == pytest.approx(1.0)
-    assert sum(RECIPE.base.text.mrope_section) == RECIPE.base.text.hidden_size // RECIPE.base.text.num_attention_heads // 2
-    assert 0.10 <= RECIPE.reward.shares["bland"] <= 0.15
+class Quiet:
+    """Keeps the names of the steps that were shown, and how many reports each had."""
+
+    def __init__(self) -> None:
+        self.shown: dict[str, int] = {}
+
+    @contextmanager
+    def showing(self, what: str, total: int) -> Iterator[Report]:
+        self.shown[what] = 0
+
+        def report(loss: float) -> None:
+            self.shown[what] += 1
+
+        yield report
+        assert self.shown[what] == total
 
 
-@pytest.mark.parametrize("path", ["", "drawing", "base", "base.seeing", "reward", "bounds"])
-def test_an_unknown_key_is_refused_by_name(path: str, tmp_path: Path) -> None:
-    content = tomllib.loads((RECIPES / "demo.toml").read_text())
+def test_the_shipped_world_is_whole_and_shows_real_scenes() -> None:
+    assert {cartoon.scene.idea for cartoon in DEMO.cartoons} <= set(all_ideas())
+    assert sum(DEMO.preferences.shares.values()) == pytest.approx(1.0)
+    assert sum(DEMO.base.text.mrope_section) == DEMO.base.text.hidden_size // DEMO.base.text.num_attention_heads // 2
+    assert 0.10 <= DEMO.preferences.shares["bland"] <= 0.15
+
+
+def test_the_shipped_pairs_make_whole_steps() -> None:
+    """2,100 pictures with 8 pairs each are 350 steps of 12 bundles of 4."""
+    num_pairs = DEMO.preferences.num_pictures * DEMO.preferences.pairs_per_picture
+    assert num_pairs == 350 * RECIPE.run.batch_size
+    assert DEMO.preferences.pairs_per_picture % RECIPE.data.pairs_per_image == 0
+
+
+@pytest.mark.parametrize("path", ["", "drawing", "base", "base.seeing", "preferences", "bounds"])
+def test_an_unknown_key_is_refused_by_name(path: str) -> None:
+    content = tomllib.loads(WORLD.read_text())
     part = content
     for name in filter(None, path.split(".")):
         part = part[name]
     part["learning_rat"] = 1
     with pytest.raises(ValidationError, match="learning_rat"):
-        Recipe.model_validate(content)
+        World.model_validate(content)
 
 
 def test_cartoons_are_small_and_the_same_every_time() -> None:
-    for cartoon in RECIPE.cartoons:
+    for cartoon in DEMO.cartoons:
         data = draw_png(cartoon)
         assert len(data) < 60_000
         assert data == draw_png(cartoon)
@@ -117,7 +147,7 @@ def test_shuffling_gives_every_picture_another_idea() -> None:
 
 def test_the_base_has_the_real_structure_and_rounds_to_bfloat16() -> None:
     torch.manual_seed(0)
-    model = build_base(RECIPE.base, train_tokenizer(list(SUBJECT_WORDS), 300))
+    model = build_base(DEMO.base, train_tokenizer(list(SUBJECT_WORDS), 300))
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     vision = model.config.vision_config
     assert 0 < len(vision.fullatt_block_indexes) < vision.depth
@@ -127,7 +157,7 @@ def test_the_base_has_the_real_structure_and_rounds_to_bfloat16() -> None:
 
 def test_patches_by_matmul_are_the_convolution() -> None:
     torch.manual_seed(0)
-    model = build_base(RECIPE.base, train_tokenizer(list(SUBJECT_WORDS), 300)).eval()
+    model = build_base(DEMO.base, train_tokenizer(list(SUBJECT_WORDS), 300)).eval()
     tower = model.model.visual
     patches, grid = torch.randn(96, 1176), torch.tensor([[1, 8, 12]])
     with torch.no_grad():
@@ -138,12 +168,72 @@ def test_patches_by_matmul_are_the_convolution() -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def toy_world() -> World:
+    """Two steps of everything; one batch of pictures a step of preferences."""
+    short = {"num_steps": 2, "batch_size": 4}
+    return DEMO.model_copy(
+        update={
+            "drawing": DEMO.drawing.model_copy(update={"scales": (1.0,), "pictures_per_idea": 1, "held_out_pictures_per_idea": 1}),
+            "base": DEMO.base.model_copy(
+                update={name: getattr(DEMO.base, name).model_copy(update=short) for name in ("seeing", "reading")},
+            ),
+            "preferences": DEMO.preferences.model_copy(update={"num_pictures": 12}),
+            "bounds": DEMO.bounds.model_copy(update={"pairs_per_picture": 1}),
+        }
+    )
+
+
+def test_the_whole_path_at_a_toy_length(tmp_path: Path) -> None:
+    """Drawing, base, data, `training.train`, `training.export`: an artifact that loads, with the cartoons as its golden items.
+
+    12 pictures with 8 pairs are 2 steps of 48; 120 held-out pictures have one question each.
+    """
+    work, out, progress = tmp_path / "work", tmp_path / "demo", Quiet()
+    work.mkdir()
+    figures = DemoBuilder(toy_world(), RECIPE, work, progress, Console(quiet=True)).build(out)
+    assert progress.shown == {"drawing": 960, "seeing": 2, "reading": 2}
+    assert figures.judged.num_pairs == figures.shuffled.num_pairs == 120
+    opened = open_artifact(str(out), offline=True)
+    assert (opened.assumed, opened.config.base_model_name, opened.config.description) == ((), "./base", DEMO.description)
+    assert opened.config.training["recipe"] == RECIPE.model_dump(mode="json")
+    assert opened.config.training["world"] == toy_world().model_dump(mode="json")
+    assert opened.config.training["step"] == 2
+    assert str(tmp_path) not in (out / "reward_model_config.json").read_text()
+    check_golden(opened)
+
+
+def test_a_recipe_for_another_base_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeInvalid, match=r"model\.base"):
+        DemoBuilder(DEMO, load_recipe("demo", ['model.base="other/base"']), tmp_path, Quiet(), Console(quiet=True))
+
+
+def check_golden(opened: Artifact) -> None:
+    """Three cartoons under the default prompt, and the first under one that is cut; every score is found again."""
+    golden, encoder = opened.golden(), load_encoder(opened)
+    assert golden is not None
+    model = load_model(opened, device="cpu", dtype="float32").model
+    cuts = []
+    for item in golden.items:
+        assert item.image is not None
+        image = encoder.encode_image(decode_image((opened.root / item.image).read_bytes(), LIMITS, exif_transpose=False))
+        group, _ = encoder.encode(Group(tuple(item.captions), item.prompt, image))
+        assert group is not None
+        cuts.append(group.truncated_prompt)
+        (scores,) = score_shared(model, [group])
+        assert scores.values == pytest.approx(item.scores, abs=golden.tolerance["float32"])
+    assert cuts == [False, False, False, True]
+    assert [tuple(item.captions) for item in golden.items[:3]] == [cartoon.captions for cartoon in DEMO.cartoons]
+
+
 def test_the_shipped_artifact_is_whole_and_of_this_recipe() -> None:
     opened = open_artifact("demo", offline=True)
     assert opened.assumed == ()
     assert opened.config.training["recipe"] == RECIPE.model_dump(mode="json")
-    assert sum(path.stat().st_size for path in opened.root.rglob("*") if path.is_file()) <= RECIPE.bounds.max_artifact_bytes
-    for cartoon in RECIPE.cartoons:
+    assert opened.config.training["world"] == DEMO.model_dump(mode="json")
+    assert sum(path.stat().st_size for path in opened.root.rglob("*") if path.is_file()) <= DEMO.bounds.max_artifact_bytes
+    captions = json.loads((opened.root / "cartoons" / "captions.json").read_text())
+    assert captions == {f"{cartoon.name}.png": list(cartoon.captions) for cartoon in DEMO.cartoons}
+    for cartoon in DEMO.cartoons:
         with Image.open(opened.root / "cartoons" / f"{cartoon.name}.png") as shipped, Image.open(io.BytesIO(draw_png(cartoon))) as drawn:
             assert np.array_equal(np.asarray(shipped.convert("RGB")), np.asarray(drawn.convert("RGB")))
 
@@ -151,15 +241,9 @@ def test_the_shipped_artifact_is_whole_and_of_this_recipe() -> None:
 def test_the_shipped_model_prefers_what_fits_each_cartoon() -> None:
     """Two captions of every cartoon fit, then come one with a single fault and one with nothing right."""
     opened = open_artifact("demo", offline=True)
+    check_golden(opened)
     golden = opened.golden()
     assert golden is not None
-    encoder, model = load_encoder(opened), load_model(opened, device="cpu", dtype="float32").model
-    for item in golden.items:
-        assert item.image is not None
-        image = encoder.encode_image(decode_image((opened.root / item.image).read_bytes(), LIMITS, exif_transpose=False))
-        group, _ = encoder.encode(Group(tuple(item.captions), image=image))
-        assert group is not None
-        (scores,) = score_shared(model, [group])
-        assert scores.values == pytest.approx(item.scores, abs=golden.tolerance["float32"])
-        first, second, faulty, wrong = scores.values
+    for item in golden.items[:3]:
+        first, second, faulty, wrong = item.scores
         assert min(first, second) > faulty > wrong

@@ -431,7 +431,7 @@ def test_weights_that_do_not_fit_the_recipe(own_run: Path, tiny: TinyRun, tmp_pa
     save_file(tensors, folder / TRAINED_NAME)
     seal = json.loads((folder / "complete.json").read_bytes())
     edit_json(folder / "complete.json", files=seal["files"] | {TRAINED_NAME: file_sha256(folder / TRAINED_NAME)})
-    with pytest.raises(ExportRefused, match=r"trained.safetensors: does not fit the run's recipe .*1 weights are missing"):
+    with pytest.raises(ExportRefused, match=r"step-0000004: does not fit the run's recipe .*1 weights are missing"):
         export(own_run, tmp_path / "out", tiny)
 
 

@@ -13,14 +13,15 @@ from app.artifacts import Artifact
 from app.contracts import EncodedImage
 from app.encoding import Encoder
 from app.errors import ItemRejected
+from app.heads import LinearHead
 from app.images import decode_image
-from app.model import LoadedModel
+from app.model import LoadedModel, RewardModel
 from app.scoring import score_plain
 from tests.tiny import LIMITS, picture
-from training.demo.recipe import Lora
-from training.demo.reward import adapt, trainable
 from training.optimisation import Optimisation, rate_share
 from training.preference import bradley_terry_loss, encode_pairs, measure_margins, score_pairs
+from training.recipe import Lora
+from training.trainee import add_lora
 
 PAIRS = [
     ("The penguin brought an umbrella.", "It rains."),
@@ -70,22 +71,24 @@ def test_a_caption_that_cannot_be_scored_stops_the_training(encoder: Encoder) ->
 
 def test_training_starts_at_ln_2_moves_only_adapter_and_head_and_learns(artifact: Artifact, encoder: Encoder) -> None:
     torch.manual_seed(0)
-    adapted = adapt(AutoModel.from_pretrained(artifact.base_path, dtype=torch.float32), Lora(r=2, alpha=4))
-    frozen = {name: value.clone() for name, value in adapted.model.named_parameters() if not value.requires_grad}
+    backbone = AutoModel.from_pretrained(artifact.base_path, dtype=torch.float32)
+    head = LinearHead(backbone.config.get_text_config().hidden_size)
+    model = RewardModel(add_lora(backbone, Lora(r=2, alpha=4)).get_base_model(), head)
+    frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
     groups = [encode_pairs(encoder, image_of(encoder, seed), None, PAIRS) for seed in (0, 1)]
-    optimisation = Optimisation(trainable(adapted.model), num_steps=12, learning_rate=5e-3)
+    optimisation = Optimisation(model.parameters(), num_steps=12, learning_rate=5e-3)
     losses = []
     for _ in range(12):
-        loss = bradley_terry_loss(score_pairs(adapted.model, groups).margins)
+        loss = bradley_terry_loss(score_pairs(model, groups).margins)
         optimisation.step(loss)
         losses.append(loss.item())
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[-1] < 0.3
-    names = {name for name, value in adapted.model.named_parameters() if value.requires_grad}
+    names = {name for name, value in model.named_parameters() if value.requires_grad}
     assert all("lora_" in name or name.startswith("head.") for name in names)
-    assert all(torch.equal(value, frozen[name]) for name, value in adapted.model.named_parameters() if name in frozen)
+    assert all(torch.equal(value, frozen[name]) for name, value in model.named_parameters() if name in frozen)
     assert any("visual" in name for name in names)
-    assert all(value.any() for name, value in adapted.model.named_parameters() if "lora_B" in name)
+    assert all(value.any() for name, value in model.named_parameters() if "lora_B" in name)
 
 
 def test_a_nonfinite_loss_is_refused() -> None:

@@ -1,12 +1,14 @@
-"""`python -m training.demo --out app/demo`: regenerate the bundled demo model; fails if it misses the recipe's bounds."""
+"""`python -m training.demo --out app/demo`: regenerate the bundled demo model; fails if it misses the bounds of its world."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shutil
+import tempfile
 import time
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated
 
 import torch
@@ -16,36 +18,43 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from app.errors import PunchlineError
 from training.demo.base import Report
 from training.demo.build import DemoBuilder, Figures
-from training.demo.recipe import RECIPES, Bounds, load_recipe
+from training.demo.world import WORLD, Bounds, load_world
+from training.recipe import load_recipe
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Where the artifact goes; replaced only when the new one holds the bounds.")],
-    recipe: Annotated[Path, typer.Option(help="The recipe file.")] = RECIPES / "demo.toml",
+    keep: Annotated[Path | None, typer.Option(help="Leave base, data and run in this new folder.")] = None,
+    world: Annotated[Path, typer.Option(help="What is drawn, schooled, asked and demanded.")] = WORLD,
     threads: Annotated[int, typer.Option(help="Threads torch computes with.", min=1)] = 2,
 ) -> None:
-    """Draw, train and write the demo artifact."""
+    """Draw, school, train, export and examine the demo artifact."""
+    logging.basicConfig(format="%(name)s: %(message)s")
     torch.set_num_threads(threads)
     disable_progress_bar()  # transformers' own would tear ours
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft 0.21 asks transformers so
-    console = Console()
-    loaded = load_recipe(recipe)
-    partial = out.with_name(f".{out.name}.partial")
+    console = Console(stderr=True)
+    if keep is not None and keep.exists():
+        raise typer.BadParameter(f"{keep} exists already", param_hint="--keep")
+    partial = out.resolve().with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    started = time.monotonic()
-    with _Bars(console) as bars:
-        figures = DemoBuilder(loaded, partial, bars).build()
+    loaded, started = load_world(world), time.monotonic()
+    try:
+        with _folder(keep) as work:
+            figures = DemoBuilder(loaded, load_recipe("demo"), work, _Bars(console), console).build(partial)
+    except PunchlineError as error:
+        console.print(f"[red]refused:[/red] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(getattr(error, "exit_code", 3)) from None
     num_bytes = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-    console.print(_table(figures, num_bytes, (time.monotonic() - started) / 60))
+    Console().print(_table(figures, num_bytes, (time.monotonic() - started) / 60))
     if faults := missed(figures, num_bytes, loaded.bounds):
-        console.print(f"[red]refused:[/red] {'; '.join(faults)}; the attempt lies in {partial}")
+        console.print(f"[red]refused:[/red] {'; '.join(faults)}; the attempt lies in {partial}", soft_wrap=True, highlight=False)
         raise typer.Exit(1)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
-    console.print(f"written to {out}")
+    console.print(f"written to {out}", soft_wrap=True, highlight=False)
 
 
 def missed(figures: Figures, num_bytes: int, bounds: Bounds) -> list[str]:
@@ -57,6 +66,17 @@ def missed(figures: Figures, num_bytes: int, bounds: Bounds) -> list[str]:
         f"{num_bytes:,} bytes are more than {bounds.max_artifact_bytes:,}": num_bytes > bounds.max_artifact_bytes,
     }
     return [fault for fault, is_missed in checks.items() if is_missed]
+
+
+@contextlib.contextmanager
+def _folder(keep: Path | None) -> Iterator[Path]:
+    """The folder to work in, absolute: the one to keep, or one that is removed."""
+    if keep is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    else:
+        keep.mkdir(parents=True)
+        yield keep.resolve()
 
 
 def _table(figures: Figures, num_bytes: int, minutes: float) -> Table:
@@ -77,37 +97,25 @@ def _table(figures: Figures, num_bytes: int, minutes: float) -> Table:
 
 
 class _Bars:
-    """One progress bar a step, with a running mean of its loss. Implements `training.demo.build.Progress`."""
+    """A progress bar a step, with a running mean of its loss. Implements `training.demo.build.Progress`."""
 
     def __init__(self, console: Console) -> None:
-        columns = (
-            TextColumn("{task.description:12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[loss]}"),
-        )
-        self._bars = Progress(*columns, console=console)
+        self._console = console
 
-    def __enter__(self) -> _Bars:
-        self._bars.start()
-        return self
+    @contextlib.contextmanager
+    def showing(self, what: str, total: int) -> Iterator[Report]:
+        done = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(TextColumn("{task.description:8}"), *done, TextColumn("{task.fields[loss]}"), console=self._console) as bars:
+            task = bars.add_task(what, total=total, loss="")
+            mean, seen = 0.0, 0
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bars.stop()
+            def report(loss: float) -> None:
+                nonlocal mean, seen
+                seen += 1
+                mean += (loss - mean) / min(seen, 50)
+                bars.update(task, advance=1, loss=f"loss {mean:.3f}" if loss else "")
 
-    def begin(self, what: str, total: int) -> Report:
-        task = self._bars.add_task(what, total=total, loss="")
-        mean = 0.0
-        seen = 0
-
-        def report(loss: float) -> None:
-            nonlocal mean, seen
-            seen += 1
-            mean += (loss - mean) / min(seen, 50)
-            self._bars.update(task, advance=1, loss=f"loss {mean:.3f}" if loss else "")
-
-        return report
+            yield report
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ from training.demo.captions import TEMPLATES, make_caption, name_scene, slots_of
 from training.demo.drawings import Idea
 from training.demo.pictures import PatchGrid, Pictures, to_patches, vary
 from training.demo.places import PLACES
-from training.demo.recipe import Base, Phase
 from training.demo.seeds import stream
 from training.demo.subjects import SUBJECTS
 from training.demo.twists import TWISTS
+from training.demo.world import Base, Phase
 from training.optimisation import Optimisation
 
 _IGNORED = -100  # a label that costs nothing
@@ -138,7 +138,7 @@ class BaseTrainer:
         self._model.train()
         for _ in range(phase.num_steps):
             batch = pictures.batch(self._rng.sample(range(len(pictures)), phase.batch_size))
-            yield Pictures(batch.ideas, vary(batch.pixels, self._max_shift, self._rng))
+            yield Pictures(batch.scenes, vary(batch.pixels, self._max_shift, self._rng))
 
     def _lesson(self, idea: Idea, image: EncodedImage) -> Lesson:
         if self._rng.random() < self._recipe.naming_share:

@@ -1,65 +1,66 @@
-"""The demo artifact from its recipe, step by step: pictures, processor, base, reward model, cartoons, golden scores.
+"""The demo artifact, step by step: pictures, base, data folder, then the product's own training and export, then an examination.
 
-Writes one directory; knows nothing of bounds, of printing, or of where the directory ends up.
+Works in one folder and writes one artifact; knows nothing of bounds, of printing, or of where the artifact ends up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import shutil
+import tempfile
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoTokenizer
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from app.artifacts import (
     ADAPTER_NAME,
-    DEFAULT_PROMPT,
+    ADAPTER_WEIGHTS_NAME,
     HEAD_NAME,
     PROCESSOR_NAME,
-    TEMPLATE,
     Artifact,
-    Golden,
-    GoldenItem,
-    ImageRecipe,
-    RewardModelConfig,
-    ScoreDistribution,
-    base_sha256,
     open_artifact,
     write_config,
     write_golden,
 )
-from app.contracts import Group
 from app.encoding import Encoder, load_encoder
-from app.heads import save_head
-from app.images import ImageLimits, decode_image
+from app.golden import GoldenInput, make_golden
 from app.model import RewardModel, load_model
 from app.scoring import score_plain
 from training.demo.base import BaseTrainer, Naming, Report, build_base, round_to_bfloat16
 from training.demo.captions import BLAND_TEMPLATES, make_caption, name_scene, split_ideas
-from training.demo.drawings import all_ideas, render
+from training.demo.drawings import Scene, all_ideas, render
+from training.demo.examination import Examination, Judged
 from training.demo.pictures import Pictures, draw_pictures, gather
-from training.demo.recipe import Cartoon, Recipe
-from training.demo.reward import Examination, Judged, adapt, save_adapter, train_reward
+from training.demo.posing import Posed, write_data
 from training.demo.seeds import stream
 from training.demo.tokenizer import CHAT_TEMPLATE, ImageSizes, save_processor, train_tokenizer
+from training.demo.world import Cartoon, World
+from training.export import export_artifact
+from training.golden import long_prompt, prove, scaled_tolerance, widened_tolerance
+from training.recipe import Recipe, RecipeInvalid
+from training.train import VALIDATION_TABLE, train
+from training.trainee import OWN_BASE, copy_processor, describe
 
-BASE_NAME = "base"
+DATA_NAME, RUN_NAME = "data", "run"
+CARTOONS_NAME = "cartoons"
+_TITLE = "Punchline's demo model"
 _CARTOON_SCALE = 3.0  # 504 x 336
 _HELD_OUT_SEED = 1_000_000  # of the first held-out drawing: no drawing is seen twice
-_TOLERANCE: dict[str, float] = {"float32": 1e-4, "bfloat16": 0.5}
-_LIMITS = ImageLimits(max_bytes=1 << 20, max_pixels=1 << 20, min_side=28, max_aspect=10, formats=("PNG",))
-_LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "pillow")
 
 
 class Progress(Protocol):
-    """Shows how far a named step is; returns what each finished piece of it calls with its loss (0 if it has none)."""
+    """Shows how far a named step is; the block calls the report with the loss of each finished piece (0 if it has none)."""
 
-    def begin(self, what: str, total: int) -> Report: ...
+    def showing(self, what: str, total: int) -> AbstractContextManager[Report]: ...
 
 
 @dataclass(frozen=True)
@@ -74,147 +75,136 @@ class Figures:
 
 
 class DemoBuilder:
-    """Builds one artifact in `root`. Call the steps in the order of `build`."""
+    """Builds one artifact; base, data and run lie in `work`, where the recipe expects them."""
 
-    def __init__(self, recipe: Recipe, root: Path, progress: Progress) -> None:
+    def __init__(self, world: World, recipe: Recipe, work: Path, progress: Progress, console: Console) -> None:
+        if recipe.model.base != OWN_BASE or recipe.model.image.long_edge is None:
+            raise RecipeInvalid(f"the demo's recipe needs model.base {OWN_BASE!r} and a number for model.image.long_edge")
+        self._world = world
         self._recipe = recipe
-        self._root = root
+        self._long_edge = recipe.model.image.long_edge
+        self._work = work
         self._progress = progress
-        shown = {cartoon.scene.idea for cartoon in recipe.cartoons}
-        self._ideas, self._held_out_ideas = split_ideas(all_ideas(), recipe.drawing.num_held_out_ideas, recipe.seed, shown)
+        self._console = console
+        shown = {cartoon.scene.idea for cartoon in world.cartoons}
+        self._ideas, self._held_out_ideas = split_ideas(all_ideas(), world.drawing.num_held_out_ideas, world.seed, shown)
 
-    def build(self) -> Figures:
-        """Everything, in order; raises if the written artifact does not load."""
-        torch.manual_seed(self._recipe.seed)
+    def build(self, out: Path) -> Figures:
+        """Everything, in order. `out` must not exist; raises if the written artifact does not load."""
+        torch.manual_seed(self._world.seed)
         pictures, held_out = self.draw()
-        self.write_processor()
-        naming = self.make_base(pictures, held_out)
-        encoder = load_encoder(self._artifact())
-        adapted = adapt(AutoModel.from_pretrained(self._root / BASE_NAME, dtype=torch.float32), self._recipe.reward.lora)
-        report = self._progress.begin("preferences", self._recipe.reward.phase.num_steps)
-        train_reward(adapted.model, encoder, pictures, self._recipe.reward, self._recipe.seed, report)
-        save_adapter(adapted, self._root / ADAPTER_NAME)
-        save_head(adapted.model.head, self._root / HEAD_NAME)
-        judged, shuffled = self.examine(adapted.model, encoder, held_out)
-        trained = sum(parameter.numel() for parameter in adapted.model.parameters() if parameter.requires_grad)
-        total = sum(parameter.numel() for parameter in adapted.model.parameters())
-        figures = Figures(total - trained, trained, naming, judged, shuffled)
-        self.write_cartoons()
-        self.seal(encoder, figures)
-        return figures
+        naming = self.write_base(pictures, held_out)
+        posed = write_data(self._work / DATA_NAME, self._world, set(self._ideas), pictures, held_out)
+        self.train_and_export(out)
+        return self.finish(out, naming, posed)
 
     def draw(self) -> tuple[Pictures, Pictures]:
         """Pictures to train on and pictures of ideas never trained on."""
-        drawing = self._recipe.drawing
-        num_seen = len(self._ideas) * drawing.pictures_per_idea
-        num_held_out = len(self._held_out_ideas) * drawing.held_out_pictures_per_idea
-        report = self._progress.begin("drawing", num_seen + num_held_out)
+        drawing = self._world.drawing
+        seen = [Scene(idea, copy) for idea in self._ideas for copy in range(drawing.pictures_per_idea)]
+        copies = range(_HELD_OUT_SEED, _HELD_OUT_SEED + drawing.held_out_pictures_per_idea)
+        held_out = [Scene(idea, copy) for idea in self._held_out_ideas for copy in copies]
         drawn = []
-        for ideas, copies, seed in (
-            (self._ideas, drawing.pictures_per_idea, 0),
-            (self._held_out_ideas, drawing.held_out_pictures_per_idea, _HELD_OUT_SEED),
-        ):
-            for picture in draw_pictures(ideas, copies, seed, drawing):
+        with self._progress.showing("drawing", len(seen) + len(held_out)) as report:
+            for picture in draw_pictures([*seen, *held_out], drawing.scales, self._recipe.model.image):
                 drawn.append(picture)
                 report(0.0)
-        return gather(drawn[:num_seen]), gather(drawn[num_seen:])
+        return gather(seen, drawn[: len(seen)]), gather(held_out, drawn[len(seen) :])
 
-    def write_processor(self) -> None:
-        """Tokenizer and image processor; the merges are learned from the caption language."""
-        tokenizer = train_tokenizer(self._corpus(), self._recipe.tokenizer.vocab_size)
-        vision = self._recipe.base.vision
-        side = vision.patch_size * vision.spatial_merge_size
-        sizes = ImageSizes(side**2 * 4, self._recipe.drawing.long_edge**2, vision.patch_size, vision.spatial_merge_size)
-        save_processor(tokenizer, sizes, self._root / PROCESSOR_NAME)
-
-    def make_base(self, pictures: Pictures, held_out: Pictures) -> Naming:
-        """Train the base, round it to bfloat16, save it, and measure what was saved."""
-        recipe = self._recipe
-        tokenizer = AutoTokenizer.from_pretrained(self._root / PROCESSOR_NAME)
-        model = build_base(recipe.base, tokenizer)
-        model.config.save_pretrained(self._root / BASE_NAME)
-        trainer = BaseTrainer(model, load_encoder(self._artifact()), recipe.base, set(self._ideas), recipe.drawing.max_shift, recipe.seed)
-        trainer.learn_to_see(pictures, self._progress.begin("seeing", recipe.base.seeing.num_steps))
-        trainer.learn_to_read(pictures, self._progress.begin("reading", recipe.base.reading.num_steps))
+    def write_base(self, pictures: Pictures, held_out: Pictures) -> Naming:
+        """A base as the Hub ships one: train it, round it to bfloat16, save it, and measure what was saved."""
+        world, folder = self._world, self._work / OWN_BASE
+        self._write_processor(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = build_base(world.base, tokenizer)
+        model.config.save_pretrained(folder)
+        trainer = BaseTrainer(model, self._read_encoder(folder), world.base, set(self._ideas), world.drawing.max_shift, world.seed)
+        with self._progress.showing("seeing", world.base.seeing.num_steps) as report:
+            trainer.learn_to_see(pictures, report)
+        with self._progress.showing("reading", world.base.reading.num_steps) as report:
+            trainer.learn_to_read(pictures, report)
         round_to_bfloat16(model)
         naming = trainer.measure_naming(held_out, tokenizer)
-        model.to(torch.bfloat16).save_pretrained(self._root / BASE_NAME)
+        model.to(torch.bfloat16).save_pretrained(folder)
         return naming
 
-    def examine(self, model: RewardModel, encoder: Encoder, held_out: Pictures) -> tuple[Judged, Judged]:
-        """Held-out pairs with the right pictures and with shuffled ones; their wrong captions may describe any idea."""
-        recipe = self._recipe
-        exam = Examination(encoder, held_out, all_ideas(), recipe.reward, recipe.bounds.num_pairs, recipe.seed)
-        return exam.judge(model), exam.judge_shuffled(model)
+    def train_and_export(self, out: Path) -> None:
+        """The product's path. Inside the folder the recipe's base has the same name on every machine."""
+        data, run = Path(DATA_NAME), Path(RUN_NAME)
+        with contextlib.chdir(self._work):
+            train(self._recipe, data, run, resume=False, trackers=(), console=self._console)
+            export_artifact(
+                run,
+                out,
+                pairs=data / VALIDATION_TABLE,
+                description=self._world.description,
+                name=_TITLE,
+                embed_base=True,
+                console=self._console,
+            )
 
-    def write_cartoons(self) -> None:
-        """The pictures people see, and beside them the captions of the recipe, best first."""
-        folder = self._root / "cartoons"
-        folder.mkdir(parents=True, exist_ok=True)
-        for cartoon in self._recipe.cartoons:
-            (folder / f"{cartoon.name}.png").write_bytes(draw_png(cartoon))
-        captions = {f"{cartoon.name}.png": list(cartoon.captions) for cartoon in self._recipe.cartoons}
-        (folder / "captions.json").write_text(json.dumps(captions, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    def finish(self, out: Path, naming: Naming, posed: list[Posed]) -> Figures:
+        """Examine the artifact as it loads, then add what is the demo's own and seal it again."""
+        opened = open_artifact(str(out), offline=True)
+        encoder, model = load_encoder(opened), load_model(opened, device="cpu", dtype="float32").model
+        exam = Examination(encoder, self._work / DATA_NAME, posed, self._world.seed)
+        num_trained = count_values(out / ADAPTER_NAME / ADAPTER_WEIGHTS_NAME) + count_values(out / HEAD_NAME)
+        num_base = sum(map(count_values, opened.base_path.glob("*.safetensors")))
+        figures = Figures(num_base, num_trained, naming, exam.judge(model), exam.judge_shuffled(model))
+        write_cartoons(out / CARTOONS_NAME, self._world.cartoons)
+        self._seal(opened, encoder, model, figures)
+        return figures
 
-    def seal(self, encoder: Encoder, figures: Figures) -> None:
-        """Golden scores by the slow path of the artifact as it loads, then the final configuration with every hash."""
-        write_config(self._root, self._config())
-        model = load_model(open_artifact(str(self._root)), device="cpu", dtype="float32").model
-        items = [self._golden_item(cartoon, encoder, model) for cartoon in self._recipe.cartoons]
-        write_golden(self._root, Golden.model_validate({"tolerance": _TOLERANCE, "items": items}))
-        scores = torch.tensor([score for item in items for score in item.scores])
-        distribution = ScoreDistribution(mean=scores.mean().item(), std=scores.std().item())
-        provenance: dict[str, Any] = {"recipe": self._recipe.model_dump(mode="json"), "metrics": asdict(figures)}
-        provenance |= {"data": "drawn by training.demo", "versions": {name: version(name) for name in _LIBRARIES}}
-        write_config(self._root, self._config().model_copy(update={"training": provenance, "score_distribution": distribution}))
-        for path in self._root.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only their owner can read
-        open_artifact(str(self._root))
+    def _seal(self, opened: Artifact, encoder: Encoder, model: RewardModel, figures: Figures) -> None:
+        """The shown cartoons replace the export's golden items; world and figures join the provenance."""
+        root = opened.root
+        shutil.rmtree(root / "golden")
+        score = lambda groups: [scores.values for scores in score_plain(model, groups)]  # noqa: E731
+        golden = scaled_tolerance(make_golden(encoder, score, self._golden_inputs(root), root))
+        training: dict[str, Any] = {name: value for name, value in opened.config.training.items() if name != "golden_pairs"}
+        training["metrics"] |= {"demo": asdict(figures)}
+        config = opened.config.model_copy(update={"training": training | {"world": self._world.model_dump(mode="json")}})
+        write_golden(root, golden)
+        write_config(root, config)
+        write_golden(root, widened_tolerance(golden, prove(root).differences))
+        write_config(root, config)
+        open_artifact(str(root), offline=True)
 
-    def _golden_item(self, cartoon: Cartoon, encoder: Encoder, model: RewardModel) -> GoldenItem:
-        name = f"golden/{cartoon.name}.png"
-        (self._root / "golden").mkdir(exist_ok=True)
-        data = draw_png(cartoon)
-        (self._root / name).write_bytes(data)
-        image = encoder.encode_image(decode_image(data, _LIMITS, exif_transpose=False))
-        group, _ = encoder.encode(Group(cartoon.captions, image=image))
-        if group is None or len(group.rows) != len(cartoon.captions):
-            raise ValueError(f"a caption of cartoon {cartoon.name} cannot be encoded")
-        (scores,) = score_plain(model, [group])
-        return GoldenItem(image=name, captions=list(cartoon.captions), scores=list(scores.values))
+    def _golden_inputs(self, root: Path) -> list[GoldenInput]:
+        """Every cartoon, and the first once more under a prompt over the budget: a changed budget changes its scores."""
+        shown = [(root / CARTOONS_NAME / f"{cartoon.name}.png", cartoon.captions) for cartoon in self._world.cartoons]
+        cut = GoldenInput(*shown[0], prompt=long_prompt(self._recipe.model.max_prompt_tokens))
+        return [*(GoldenInput(image, captions) for image, captions in shown), cut]
+
+    def _write_processor(self, folder: Path) -> None:
+        """Tokenizer and image processor; the merges are learned from the caption language."""
+        tokenizer = train_tokenizer(self._corpus(), self._world.tokenizer.vocab_size)
+        vision = self._world.base.vision
+        side = vision.patch_size * vision.spatial_merge_size
+        save_processor(tokenizer, ImageSizes(side**2 * 4, self._long_edge**2, vision.patch_size, vision.spatial_merge_size), folder)
 
     def _corpus(self) -> list[str]:
-        rng = stream("corpus", self._recipe.seed)
-        number = self._recipe.tokenizer.num_captions
-        frame = TEMPLATE.format(prompt=DEFAULT_PROMPT, caption="") + self._recipe.base.naming_prompt + CHAT_TEMPLATE
+        rng = stream("corpus", self._world.seed)
+        number, model = self._world.tokenizer.num_captions, self._recipe.model
+        frame = model.template.format(prompt=model.default_prompt, caption="") + self._world.base.naming_prompt + CHAT_TEMPLATE
         captions = [make_caption(rng.choice(self._ideas), rng) for _ in range(number)]
         bland = [make_caption(rng.choice(self._ideas), rng, rng.choice(BLAND_TEMPLATES)) for _ in range(number // 10)]
         return [*captions, *bland, *map(name_scene, self._ideas), *[frame] * (number // 20)]
 
-    def _artifact(self) -> Artifact:
-        """The artifact in the making, for the parts that are read before it is whole."""
-        return Artifact(self._root, self._config(), self._root / BASE_NAME, ())
+    def _read_encoder(self, base: Path) -> Encoder:
+        """The encoder the artifact will serve with; of the base it needs no weights."""
+        with tempfile.TemporaryDirectory() as folder:
+            copy_processor(base, Path(folder) / PROCESSOR_NAME)
+            return load_encoder(Artifact(Path(folder), describe(self._recipe, base), base, ()))
 
-    def _config(self) -> RewardModelConfig:
-        base = self._root / BASE_NAME
-        return RewardModelConfig(
-            base_model_name=f"./{BASE_NAME}",
-            score_head_shape=(1, self._recipe.base.text.hidden_size),
-            schema_version=1,
-            kind="lora_head",
-            description="Demo: prefers captions that fit the drawn cartoon and say what is odd about it. No sense of humor.",
-            base_model_revision=None,
-            base_model_sha256=base_sha256(base) if any(base.glob("*.safetensors")) else None,
-            template=TEMPLATE,
-            default_prompt=DEFAULT_PROMPT,
-            prompt_policy="request",
-            caption_role="user",
-            max_prompt_tokens=160,
-            max_caption_tokens=80,
-            image=ImageRecipe(long_edge=self._recipe.drawing.long_edge),
-            pooling="last_token",
-            dtype="float32",
-        )
+
+def write_cartoons(folder: Path, cartoons: tuple[Cartoon, ...]) -> None:
+    """The pictures people see, and beside them their captions, best first."""
+    folder.mkdir()
+    for cartoon in cartoons:
+        (folder / f"{cartoon.name}.png").write_bytes(draw_png(cartoon))
+    captions = {f"{cartoon.name}.png": list(cartoon.captions) for cartoon in cartoons}
+    (folder / "captions.json").write_text(json.dumps(captions, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def draw_png(cartoon: Cartoon) -> bytes:
@@ -222,3 +212,8 @@ def draw_png(cartoon: Cartoon) -> bytes:
     stream = io.BytesIO()
     render(cartoon.scene, _CARTOON_SCALE).quantize(128, dither=Image.Dither.NONE).save(stream, "PNG", optimize=True)
     return stream.getvalue()
+
+
+def count_values(path: Path) -> int:
+    """Of all tensors in a safetensors file."""
+    return sum(tensor.numel() for tensor in load_file(path).values())

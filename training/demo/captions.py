@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from training.demo.drawings import Idea, Scene
+from training.demo.drawings import Idea
 from training.demo.seeds import stream
 
 Fault = Literal["subject", "place", "twist", "everything", "bland"]
@@ -135,14 +135,6 @@ class Pair:
     chosen: str
     rejected: str
     fault: Fault
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A scene with its preference pairs."""
-
-    scene: Scene
-    pairs: tuple[Pair, ...]
 
 
 def name_scene(idea: Idea) -> str:

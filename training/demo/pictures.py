@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from app.artifacts import ImageRecipe
 from app.images import shrink
 from training.demo.drawings import Idea, Scene, render
-from training.demo.recipe import Drawing
 from training.demo.seeds import stream
 
 _TEMPORAL_PATCH = 2  # a still picture is two equal frames to Qwen2.5-VL
@@ -31,14 +31,18 @@ _TEMPORAL_PATCH = 2  # a still picture is two equal frames to Qwen2.5-VL
 class Pictures:
     """Scenes and their pixels, all of one size."""
 
-    ideas: tuple[Idea, ...]
+    scenes: tuple[Scene, ...]
     pixels: Tensor  # [pictures, 3, height, width] uint8
 
     def __len__(self) -> int:
-        return len(self.ideas)
+        return len(self.scenes)
+
+    @property
+    def ideas(self) -> tuple[Idea, ...]:
+        return tuple(scene.idea for scene in self.scenes)
 
     def batch(self, indices: Sequence[int]) -> Pictures:
-        return Pictures(tuple(self.ideas[index] for index in indices), self.pixels[list(indices)])
+        return Pictures(tuple(self.scenes[index] for index in indices), self.pixels[list(indices)])
 
 
 @dataclass(frozen=True)
@@ -55,25 +59,22 @@ class PatchGrid:
         return 1, height // self.patch, width // self.patch
 
 
-def draw_pictures(ideas: Sequence[Idea], per_idea: int, first_seed: int, drawing: Drawing) -> Iterator[tuple[Idea, NDArray[np.uint8]]]:
-    """Every idea `per_idea` times, shrunk as the artifact shrinks; the same on any number of processes."""
-    scenes = [Scene(idea, first_seed + copy) for idea in ideas for copy in range(per_idea)]
-    draw = functools.partial(draw_small, drawing=drawing)
+def draw_pictures(scenes: Sequence[Scene], scales: Sequence[float], image: ImageRecipe) -> Iterator[NDArray[np.uint8]]:
+    """Every scene in order, shrunk as the artifact shrinks; the same on any number of processes."""
+    draw = functools.partial(draw_small, scales=scales, image=image)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as workers:
-        for scene, pixels in zip(scenes, workers.map(draw, scenes, chunksize=64), strict=True):
-            yield scene.idea, pixels
+        yield from workers.map(draw, scenes, chunksize=64)
 
 
-def draw_small(scene: Scene, drawing: Drawing) -> NDArray[np.uint8]:
-    """The picture the model sees, drawn at one of the recipe's scales: [height, width, 3]."""
-    scale = stream("scale", scene).choice(drawing.scales)
+def draw_small(scene: Scene, scales: Sequence[float], image: ImageRecipe) -> NDArray[np.uint8]:
+    """The picture the model sees, drawn at one of the scales: [height, width, 3]."""
+    scale = stream("scale", scene).choice(scales)
     large = np.asarray(render(scene, scale))
-    return np.asarray(shrink(large, drawing.long_edge, "lanczos"))
+    return np.asarray(shrink(large, image.long_edge, image.resample))
 
 
-def gather(drawn: Sequence[tuple[Idea, NDArray[np.uint8]]]) -> Pictures:
-    pixels = torch.from_numpy(np.stack([pixels for _, pixels in drawn])).permute(0, 3, 1, 2).contiguous()
-    return Pictures(tuple(idea for idea, _ in drawn), pixels)
+def gather(scenes: Sequence[Scene], drawn: Sequence[NDArray[np.uint8]]) -> Pictures:
+    return Pictures(tuple(scenes), torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous())
 
 
 def vary(pixels: Tensor, max_shift: int, rng: random.Random) -> Tensor:

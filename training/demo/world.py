@@ -1,4 +1,7 @@
-"""The recipe of the demo model: every number and the seed, read from one TOML file. Unknown keys are refused."""
+"""The demo's world: what is drawn, how its base is schooled, which pairs are posed, and what the model must reach.
+
+Read from one TOML file whose unknown keys are refused. How preferences are trained is a recipe like any other, and not here.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from training.demo.captions import Fault
 from training.demo.drawings import Idea, Scene
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+WORLD = Path(__file__).parent / "world.toml"
 
 
 class _Strict(BaseModel):
@@ -18,9 +21,8 @@ class _Strict(BaseModel):
 
 
 class Drawing(_Strict):
-    """Which pictures are drawn, and how the model sees them."""
+    """Which pictures are drawn."""
 
-    long_edge: int = Field(ge=56)
     scales: tuple[float, ...] = Field(min_length=1)  # drawn at one of these, then shrunk as every picture is
     num_held_out_ideas: int = Field(ge=1)
     pictures_per_idea: int = Field(ge=1)
@@ -80,18 +82,12 @@ class Base(_Strict):
     wrong_share: float = Field(ge=0, lt=1)  # how often each part of such a caption is drawn anew
 
 
-class Lora(_Strict):
-    r: int
-    alpha: int
+class Preferences(_Strict):
+    """The pairs of the training table."""
 
-
-class Reward(_Strict):
-    """Bradley-Terry training of LoRA and head on preference pairs; a batch is counted in pictures."""
-
-    lora: Lora
-    phase: Phase
+    num_pictures: int = Field(ge=1)  # drawn among all training pictures
     pairs_per_picture: int = Field(ge=1)
-    shares: dict[Fault, float]
+    shares: dict[Fault, float]  # of the faults of the rejected captions
 
 
 class Bounds(_Strict):
@@ -100,7 +96,7 @@ class Bounds(_Strict):
     min_accuracy: float
     max_shuffled_accuracy: float
     max_artifact_bytes: int
-    num_pairs: int = Field(ge=1)  # a held-out picture
+    pairs_per_picture: int = Field(ge=1)  # of the held-out pictures
 
 
 class Cartoon(_Strict):
@@ -118,16 +114,17 @@ class Cartoon(_Strict):
         return Scene(Idea(self.subject, self.place, self.twist), self.seed)
 
 
-class Recipe(_Strict):
+class World(_Strict):
     seed: int
+    description: str  # of the artifact, in one sentence
     drawing: Drawing
     tokenizer: TokenizerSize
     base: Base
-    reward: Reward
+    preferences: Preferences
     bounds: Bounds
     cartoons: tuple[Cartoon, ...]
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_world(path: Path = WORLD) -> World:
     """Raises pydantic.ValidationError naming every key that is unknown, missing or out of range."""
-    return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    return World.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
