@@ -26,6 +26,7 @@ ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 PROCESSOR_NAME = "processor"
 GOLDEN_NAME = "golden.json"
 DEMO_PATH = Path(__file__).parent / "demo"
+BUNDLED = {"demo": DEMO_PATH, "newyorker": DEMO_PATH.with_name("newyorker")}
 TEMPLATE = "{prompt}\n\nCandidate caption: {caption}\n\nJudge how funny this caption is for the cartoon."
 DEFAULT_PROMPT = "Write a funny one-line caption for this New Yorker-style cartoon."
 _OWN_FOLDER = re.compile(r"\./[A-Za-z0-9][A-Za-z0-9._-]*")  # one folder directly in the artifact
@@ -178,7 +179,7 @@ class Artifact:
 
 def open_artifact(model: str, *, base_model: str | None = None, offline: bool = False) -> Artifact:
     """Find the artifact and its base, check layout and hashes. Raises ArtifactInvalid with one line."""
-    root = DEMO_PATH if model == "demo" else _find(model, None, offline, "model")
+    root = BUNDLED.get(model) or _find(model, None, offline, "model")
     config = _read_model(root / CONFIG_NAME, RewardModelConfig)
     _check_layout(root, config)
     _check_hashes(root, config)
@@ -190,7 +191,7 @@ def open_artifact(model: str, *, base_model: str | None = None, offline: bool = 
 
 def describe_artifact(model: str, *, offline: bool = False) -> tuple[Path, RewardModelConfig]:
     """Where an artifact lies and what its configuration says; nothing else is checked."""
-    root = DEMO_PATH if model == "demo" else _find(model, None, offline, "model")
+    root = BUNDLED.get(model) or _find(model, None, offline, "model")
     return root, _read_model(root / CONFIG_NAME, RewardModelConfig)
 
 

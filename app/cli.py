@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -33,7 +34,7 @@ err = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Url = Annotated[str | None, typer.Option(help="Ask a running server instead of loading a model.")]
-Model = Annotated[str | None, typer.Option(help="A directory, a Hub id or `demo`.")]
+Model = Annotated[str | None, typer.Option(help="A directory, a Hub id, `demo` or `newyorker`.")]
 Base = Annotated[str | None, typer.Option("--base-model", help="Where the base model lies.")]
 Prompt = Annotated[str | None, typer.Option(help="The instruction the captions answer.")]
 _NO_IMAGE = Path("-")
@@ -116,14 +117,15 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score captions of one picture, best first."""
+    route, local = ("/score", _local_score) if as_json else ("/rank", _local_rank)
     body = {"captions": captions, **_named(prompt=prompt)}
-    answer = remote_post(url, "/score", _picture(image), body, _key()) if url else _local_score(image, captions, prompt, model, base_model)
+    answer = remote_post(url, route, _picture(image), body, _key()) if url else local(image, captions, prompt, model, base_model)
     if as_json:
         out.print_json(data=answer)
         return
     table = Table("rank", "score", "vs best", "caption")
-    for place in rank_scores(answer["scores"]):
-        table.add_row(str(place.rank), f"{place.score:.4f}", f"{place.win_probability:.3f}", _literal(captions[place.index]))
+    for place in answer["ranking"]:
+        table.add_row(str(place["rank"]), f"{place['score']:.4f}", f"{place['win_probability']:.3f}", _literal(captions[place["index"]]))
     out.print(table)
     _print_model(answer)
 
@@ -158,7 +160,7 @@ def compare(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="A directory, a Hub id or `demo`.")] = "demo",
+    model: Annotated[str, typer.Argument(help="A directory, a Hub id, `demo` or `newyorker`.")] = "demo",
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -234,6 +236,12 @@ def _local_score(image: Path, captions: list[str], prompt: str | None, model: st
                 }
 
     return asyncio.run(ask())
+
+
+def _local_rank(image: Path, captions: list[str], prompt: str | None, model: str | None, base_model: str | None) -> dict[str, Any]:
+    """As `/rank` answers: with the artifact's own temperature."""
+    answer = _local_score(image, captions, prompt, model, base_model)
+    return answer | {"ranking": [asdict(place) for place in rank_scores(answer["scores"], answer["temperature"])]}
 
 
 def _local_compare(image: Path, a: str, b: str, prompt: str | None, model: str | None, base_model: str | None) -> dict[str, Any]:

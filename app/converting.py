@@ -24,7 +24,7 @@ from app.artifacts import (
 )
 from app.encoding import load_encoder
 from app.errors import ArtifactInvalid
-from app.golden import GoldenInput, make_golden
+from app.golden import GoldenInput, long_prompt, make_golden
 from app.heads import save_head
 from app.model import load_model
 from app.scoring import score_plain
@@ -37,7 +37,6 @@ _CAPTIONS = (
     "",
     "It was fine until somebody read the manual, and then of course everybody had an opinion about it.",
 )
-_LONG_PROMPT = " ".join(["Scene: a drawing.", *(f"Detail {number}: something odd." for number in range(80))])
 
 
 class _InputLine(BaseModel):
@@ -68,7 +67,7 @@ def convert(
         progress("scoring the golden items")
         score = lambda groups: [scores.values for scores in score_plain(loaded.model, groups)]  # noqa: E731
         encoder = load_encoder(artifact)
-        wanted = inputs or default_inputs(fixed_prompt=artifact.config.prompt_policy == "fixed", with_images=encoder.takes_images)
+        wanted = inputs or default_inputs(artifact.config, with_images=encoder.takes_images)
         write_golden(partial, make_golden(encoder, score, wanted, partial))
         progress("hashing")
         write_config(partial, _full_config(artifact))
@@ -78,13 +77,13 @@ def convert(
     return target
 
 
-def default_inputs(*, fixed_prompt: bool = False, with_images: bool = True) -> list[GoldenInput]:
+def default_inputs(config: RewardModelConfig, *, with_images: bool) -> list[GoldenInput]:
     """The three drawn cartoons of the package with plain captions: enough to notice another model, template or recipe.
 
-    One prompt is longer than any budget, so that a changed budget changes a golden score. A text-only model gets no picture
-    and no empty caption: there, with an empty prompt, nothing might be left to score.
+    One prompt is longer than the model's budget, so that a changed budget changes a golden score. A text-only model gets no
+    picture and no empty caption: there, with an empty prompt, nothing might be left to score.
     """
-    prompts = (None, None if fixed_prompt else _LONG_PROMPT, None)
+    prompts = (None, None if config.prompt_policy == "fixed" else long_prompt(config.max_prompt_tokens), None)
     if not with_images:
         return [GoldenInput(None, tuple(filter(None, _CAPTIONS)), prompt) for prompt in prompts[:2]]
     pictures = sorted((DEMO_PATH / "cartoons").glob("*.png"))

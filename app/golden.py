@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ from app.encoding import Encoder
 from app.errors import ApiError, ArtifactInvalid
 from app.images import ImageLimits, decode_image
 
-GOLDEN_TOLERANCE: dict[Literal["float32", "bfloat16"], float] = {"float32": 1e-4, "bfloat16": 0.1}
+GOLDEN_TOLERANCE: dict[Literal["float32", "bfloat16"], float] = {"float32": 1e-4, "bfloat16": 0.1}  # of scores that spread by 1 or less
+_MAX_SHARE = 0.01  # of the spread, in float32: where all scores are close, a smaller difference swaps captions
+_MIN_TOLERANCE = 2e-5  # what another machine's float32 may round to
+_TOKENS_A_SENTENCE = 5  # at least: four words or numbers and a stop, which no tokenizer joins
 # What a server takes by default: it must be able to score its own golden items.
 GOLDEN_LIMITS = ImageLimits(max_bytes=10 << 20, max_pixels=16_000_000, min_side=16, max_aspect=100, formats=("JPEG", "PNG", "WEBP"))
 
@@ -42,7 +46,22 @@ def make_golden(
             (root / name).write_bytes(data)
         (values,) = score([group])
         items.append(GoldenItem(image=name, prompt=given.prompt, captions=list(given.captions), scores=list(values)))
-    return Golden(tolerance=GOLDEN_TOLERANCE, items=items)
+    return Golden(tolerance=tolerance_of([score for item in items for score in item.scores]), items=items)
+
+
+def tolerance_of(scores: Sequence[float]) -> dict[Literal["float32", "bfloat16"], float]:
+    """Rounding grows with the scores, so wide ones may differ by more; in float32 by no share of their spread that matters."""
+    spread = statistics.pstdev(scores)
+    scale = max(1.0, spread)
+    exact = GOLDEN_TOLERANCE["float32"] * scale
+    if len(scores) > 1:
+        exact = max(_MIN_TOLERANCE, min(exact, _MAX_SHARE * spread))
+    return {"float32": exact, "bfloat16": GOLDEN_TOLERANCE["bfloat16"] * scale}
+
+
+def long_prompt(max_prompt_tokens: int) -> str:
+    """A prompt of more tokens than the budget, and only a few times as many: a changed budget changes its scores."""
+    return " ".join(f"Detail {number} seems odd." for number in range(max_prompt_tokens // _TOKENS_A_SENTENCE + 1))
 
 
 def encode_golden(encoder: Encoder, given: GoldenInput, name: str) -> tuple[EncodedGroup, bytes]:

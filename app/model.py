@@ -138,7 +138,7 @@ def load_model(
 def load_backbone(artifact: Artifact, dtype: torch.dtype) -> Any:
     """The base without language-model head, every weight accounted for."""
     path = artifact.base_path
-    config = _base_config(path)
+    config = read_base_config(path)
     for shard in sorted(path.glob("*.safetensors")):
         _tensor_names(shard)
     try:
@@ -184,7 +184,7 @@ def _name(key: Any) -> str:
     return str(key[0]) if isinstance(key, tuple) else str(key)
 
 
-def _base_config(path: Path) -> Any:
+def read_base_config(path: Path) -> Any:
     """The base's configuration, of a family whose forward we know and without tricks that change it."""
     name = path / "config.json"
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,16 @@ def _send(method: str, url: str, route: str, key: str | None, *, accept: int | N
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         answer = httpx.request(method, url.rstrip("/") + route, headers=headers, timeout=TIMEOUT_S, **arguments)
-        body: dict[str, Any] = answer.json()
+        body = answer.json()
     except httpx.HTTPError as error:
         raise ApiError(f"{url} does not answer ({type(error).__name__})", code="unreachable") from None
-    except json.JSONDecodeError:
+    except ValueError:  # bytes that are no text included
         raise ApiError(f"{url} answered something else than JSON", code="bad_answer") from None
+    if not isinstance(body, dict):
+        raise ApiError(f"{url} answered HTTP {answer.status_code} and something else than a JSON object", code="bad_answer")
     if answer.is_error and not (answer.status_code == accept and "error" not in body):
-        fault = body.get("error", {})
+        fault = body.get("error")
+        fault = fault if isinstance(fault, dict) else {}
         raise ApiError(
             str(fault.get("message", f"HTTP {answer.status_code}")), code=str(fault.get("code", "error")), field=fault.get("field")
         )

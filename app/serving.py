@@ -42,21 +42,26 @@ async def serve(settings: Settings) -> None:
                 timeout_keep_alive=settings.keep_alive_s,
                 timeout_graceful_shutdown=settings.drain_s,
             )
-            _announce(runtime, listener)
             await _Server(config, runtime).serve(sockets=[listener])
     finally:
         listener.close()
 
 
 class _Server(uvicorn.Server):
-    """uvicorn with our end: SIGTERM and SIGINT make the server unready and drain it, and the process leaves with 0.
+    """uvicorn with our beginning and end: the address is told once it answers and signals are minded.
 
-    uvicorn's own handlers raise the signal again after the drain, which would kill the process before its batches are done.
+    SIGTERM and SIGINT make the server unready and drain it, and the process leaves with 0: uvicorn's own handlers raise the
+    signal again after the drain, which would kill the process before its batches are done.
     """
 
     def __init__(self, config: uvicorn.Config, runtime: Runtime) -> None:
         super().__init__(config)
         self._runtime = runtime
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and sockets:
+            _announce(self._runtime, sockets[0])
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
-    model: str = Field("demo", description="The artifact to serve: a directory, a Hub id (`owner/name@revision`) or `demo`.")
+    model: str = Field("demo", description="The artifact to serve: a directory, a Hub id (`owner/name@revision`), `demo` or `newyorker`.")
     base_model: str | None = Field(None, description="Where the base model lies, if not where the artifact says.")
     offline: bool = Field(False, description="Never ask the Hub; serve from local files and its cache only.")
     device: str = Field("auto", description="Where to compute: auto, cpu, cuda or cuda:N.", pattern=r"^(auto|cpu|cuda(:\d+)?)$")

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from app.artifacts import CONFIG_NAME, RewardModelConfig, base_sha256, file_sha256, open_artifact
-from app.converting import GoldenInput, convert, read_inputs
+from app.converting import GoldenInput, convert, default_inputs, read_inputs
 from app.errors import ArtifactInvalid
+from app.golden import tolerance_of
 from app.scoring import score_plain, score_shared
 from tests.tiny import copy_artifact, edit_json, encode, load_whole, picture
 
@@ -75,6 +77,30 @@ def test_golden_scores_are_those_of_plain_float32(converted: Path, inputs: list[
     encoder, loaded = load_whole(converted, dtype="float32")
     (scores,) = score_plain(loaded.model, [encode(encoder, (600, 200), 0, CAPTIONS)])
     assert np.abs(np.subtract(scores.values, golden.items[0].scores)).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("scores", "float32", "bfloat16"),
+    [
+        ([1.0, -1.0], 1e-4, 0.1),
+        ([3.0, -3.0], 3e-4, 0.3),
+        ([0.005, -0.005], 5e-5, 0.1),
+        ([0.001, -0.001], 2e-5, 0.1),
+        ([0.7], 1e-4, 0.1),
+    ],
+)
+def test_tolerances_follow_the_spread_of_the_scores(scores: list[float], float32: float, bfloat16: float) -> None:
+    """Plus and minus x spread by x: wide scores round further, and close ones may differ by a hundredth of x, but not below 2e-5."""
+    assert tolerance_of(scores) == {"float32": pytest.approx(float32), "bfloat16": pytest.approx(bfloat16)}
+
+
+@pytest.mark.parametrize("max_prompt_tokens", [160, 2000])
+def test_one_default_prompt_is_longer_than_any_budget(converted: Path, max_prompt_tokens: int) -> None:
+    config = open_artifact(str(converted)).config.model_copy(update={"max_prompt_tokens": max_prompt_tokens})
+    prompt = default_inputs(config, with_images=True)[1].prompt
+    tokenizer = AutoTokenizer.from_pretrained(converted / "processor")
+    assert prompt is not None
+    assert len(tokenizer.encode(prompt)) > max_prompt_tokens
 
 
 def test_one_changed_byte_anywhere_is_refused(converted: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from app.errors import PunchlineError
 log = logging.getLogger("punchline.training")
 SEAL_NAME = "complete.json"
 _PREFIX = "step-"
+_NAME = re.compile(_PREFIX + r"(\d{7,})")
 
 
 class CheckpointFailed(PunchlineError):
@@ -44,7 +46,7 @@ class Checkpoints:
     def writing(self, step: int) -> Iterator[Path]:
         """A folder to write into, which becomes the checkpoint when the block ends well.
 
-        Raises CheckpointFailed on any fault of the disk; what was there before stays.
+        Raises CheckpointFailed for whatever stops the writing; what was there before stays.
         """
         partial = self._folder / f".{_PREFIX}{step:07d}.partial"
         try:
@@ -61,7 +63,7 @@ class Checkpoints:
             whole = self.newest()
             last = f"the last whole checkpoint is {whole.path}" if whole else "there is no whole checkpoint yet"
             raise CheckpointFailed(f"{partial}: could not be written ({_reason(error)}); {last}") from error
-        self._drop_old()
+        self._drop_others(step)
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; broken ones are named in the log and passed over."""
@@ -74,15 +76,19 @@ class Checkpoints:
 
     def all(self) -> list[Checkpoint]:
         """Every folder that has the name of a checkpoint, oldest first."""
-        return sorted(Checkpoint(int(path.name.removeprefix(_PREFIX)), path) for path in self._folder.glob(f"{_PREFIX}[0-9]*"))
+        names = ((_NAME.fullmatch(path.name), path) for path in self._folder.glob(f"{_PREFIX}*"))
+        return sorted(Checkpoint(int(name[1]), path) for name, path in names if name)
 
     def clear_partial(self) -> None:
         """Remove what a killed process left half-written."""
         for path in self._folder.glob(f".{_PREFIX}*.partial"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _drop_old(self) -> None:
-        for checkpoint in self.all()[: -self._max]:
+    def _drop_others(self, step: int) -> None:
+        """Later ones than this whole one were broken when the run went on from before them; of the earlier the oldest go."""
+        earlier = [each for each in self.all() if each.step <= step]
+        later = [each for each in self.all() if each.step > step]
+        for checkpoint in (*later, *earlier[: -self._max]):
             shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""Pairs to encoded groups, one batch ahead of the device. Knows no model; pictures and text go through the serving encoder."""
+"""Pairs to encoded groups, some batches ahead of the device. Knows no model; pictures and text go through the serving encoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachetools import LRUCache
-from PIL import Image
 
 from app.contracts import EncodedGroup, EncodedImage, Group
 from app.encoding import Encoder
@@ -29,10 +28,6 @@ class Batch:
 
     groups: tuple[EncodedGroup, ...]
     gaps: tuple[float | None, ...]
-
-    @property
-    def num_pairs(self) -> int:
-        return len(self.gaps)
 
 
 class Collator:
@@ -103,12 +98,12 @@ class Fitting:
 def leave_out_unfit(encoder: Encoder, pairs: Sequence[Pair], folder: Path, max_tokens: int | None) -> Fitting:
     """Find the pairs whose captions the model takes whole.
 
-    A chat is as long as its text plus its image tokens; pictures are read by their headers only. A prompt over the model's
-    budget is cut, as in serving.
+    A chat is as long as its text plus its image tokens. Every picture is decoded once, so that a broken one stops the run
+    here and not hours later. A prompt over the model's budget is cut, as in serving. Raises DataInvalid.
     """
     image_tokens: dict[str | None, int] = {None: 0}
-    for name in {pair.image for pair in pairs} - {None}:
-        image_tokens[name] = _image_tokens(encoder, folder / str(name))
+    for name in sorted({pair.image for pair in pairs if pair.image is not None}):
+        image_tokens[name] = read_image(encoder, folder / name).num_tokens
     by_prompt: dict[str | None, list[Pair]] = {}
     for pair in pairs:
         by_prompt.setdefault(pair.prompt, []).append(pair)
@@ -139,13 +134,3 @@ def _find_unfit(
         elif next(lengths) + image_tokens[pair.image] > (max_tokens or float("inf")):
             found.setdefault(pair.pair_id, "longer than data.max_tokens")
     return found, bool(group and group.truncated_prompt)
-
-
-def _image_tokens(encoder: Encoder, path: Path) -> int:
-    try:
-        with Image.open(path) as image:
-            return encoder.image_tokens(*image.size)
-    except OSError:
-        raise DataInvalid(f"{path}: no picture that can be read") from None
-    except ApiError as error:
-        raise DataInvalid(f"{path}: {error.message}") from None

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from training.statistics import Agreement, Bootstrap, Estimate, Floats, agreement, difference
+from training.statistics import Agreement, Bootstrap, Estimate, Floats, agreement, credit, difference
 
 _ATTEMPTS = 100
 _Image = TypeVar("_Image")
@@ -32,8 +32,9 @@ class Control:
     name: str
     meaning: str
     skipped: str | None = None
-    agreement: Agreement | None = None
-    difference: Estimate | None = None  # accuracy of the model minus the control's, on the same pairs
+    agreement: Agreement | None = None  # strict: a tie is no win
+    guessing: Estimate | None = None  # its accuracy where a tie counts one half
+    difference: Estimate | None = None  # accuracy of the model minus the control's on the same pairs, a tie of either one half
 
 
 class NoDerangement(ValueError):
@@ -47,7 +48,11 @@ def compared(name: str, real: Floats, control: Floats, contests: Sequence[str], 
         return skipped(name, "no pair can be judged both ways")
     labels = np.asarray(contests)[both].tolist()
     return Control(
-        name, MEANING[name], None, agreement(control[both], labels, bootstrap), difference(real[both], control[both], labels, bootstrap)
+        name,
+        MEANING[name],
+        agreement=agreement(control[both], labels, bootstrap),
+        guessing=bootstrap.mean(credit(control[both]), labels),
+        difference=difference(real[both], control[both], labels, bootstrap),
     )
 
 

@@ -41,6 +41,7 @@ from training.controls import (
 )
 from training.pairs import DataInvalid, Pair, RatedCaption, read_captions, read_pairs
 from training.report import (
+    AS_SERVED,
     HTML_NAME,
     JSON_NAME,
     CaptionFigures,
@@ -80,6 +81,12 @@ class BadArguments(PunchlineError):
     """The command line contradicts itself; one line that says how."""
 
     exit_code = 2
+
+
+class NotWritten(PunchlineError):
+    """The figures are there and the disk takes no report."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +269,7 @@ def _first_refusal(outcomes: Mapping[Item, Outcome]) -> str:
 def _reliability(margins: Floats, served: float) -> tuple[Reliability, ...]:
     """Raw margins, the artifact's own temperature where it has one, and the fitted one where there is one."""
     fitted = fit_temperature(margins).value
-    named = [("raw margins", 1.0), ("as served", served if served != 1.0 else None), ("fitted", fitted)]
+    named = [("raw margins", 1.0), (AS_SERVED, served if served != 1.0 else None), ("fitted", fitted)]
     return tuple(
         Reliability(name, value, calibration(margins, value), bradley_terry_loss(margins / value))
         for name, value in named
@@ -287,7 +294,7 @@ def _controls(scorer: GroupScorer, placed: Sequence[PlacedPair], margins: Floats
 def _caption_only(scorer: GroupScorer, placed: Sequence[PlacedPair], options: Options, begin: Begin) -> Floats | str:
     """Margins without image and prompt, or why there are none."""
     if scorer.target.kind == "server":
-        return "only in process: a server scores no caption without its image"
+        return "only in process: over HTTP a model that takes images scores no caption without one"
     blank = [each.changed(image=None, prompt=None) for each in placed]
     if all(each.chosen.image is None and each.chosen.prompt in (None, scorer.target.default_prompt) for each in placed):
         return "the pairs have neither image nor prompt: this is the model itself"
@@ -373,7 +380,7 @@ def evaluate(
     console = Console(stderr=True)
     with opened as scorer, _bars(console) as bars:
         evaluation = run(scorer, tables, options, arguments, _begin(bars))
-    write_report(out, evaluation)
+    _write(out, evaluation)
     console.print(as_table(evaluation))
     console.print(f"written to {out / HTML_NAME} and {out / JSON_NAME}", highlight=False, soft_wrap=True, markup=False)
 
@@ -383,6 +390,13 @@ def _make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadArguments(f"--out {out}: cannot be written ({error.strerror})") from None
+
+
+def _write(out: Path, evaluation: Evaluation) -> None:
+    try:
+        write_report(out, evaluation)
+    except OSError as error:
+        raise NotWritten(f"{out}: the report could not be written ({error.strerror}); what was there is as it was") from None
 
 
 def _open(target: str, api_key: str | None, local: Mapping[str, Any]) -> AbstractContextManager[GroupScorer]:

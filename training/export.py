@@ -27,8 +27,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
@@ -36,6 +38,7 @@ from app.artifacts import (
     ADAPTER_NAME,
     HEAD_NAME,
     PROCESSOR_NAME,
+    Artifact,
     Calibration,
     Golden,
     RewardModelConfig,
@@ -57,14 +60,15 @@ from app.scoring import score_plain, score_shared
 from training.batches import draw
 from training.checkpoints import Checkpoint, Checkpoints, find_fault
 from training.collation import leave_out_unfit, read_image
-from training.golden import Proof, choose_inputs, prove_in_fresh_process, scaled_tolerance, widened_tolerance
+from training.golden import Proof, choose_inputs, prove_in_fresh_process, widened_tolerance
 from training.loop import weights_of
 from training.model_card import CardFacts, read_evaluation, write_card
 from training.pairs import DataInvalid, Pair, read_pairs
 from training.recipe import Recipe
 from training.report import Evaluation
+from training.scorers import weights_sha256
 from training.tracking import METRICS_NAME
-from training.train import RUN_NAME
+from training.train import RUN_NAME, TRAIN_TABLE
 from training.trainee import OWN_BASE, Trainee, describe, load_trained, make_trainee
 
 MAX_SCORED_PAIRS = 256  # of the table: golden items are chosen among them, and their scores make the distribution
@@ -93,13 +97,16 @@ class Hub(Protocol):
 
 
 class HuggingFaceHub:
-    """The Hugging Face Hub, under the account that `hf auth login` left."""
+    """The Hugging Face Hub, under the account that `hf auth login` left. One commit replaces whatever the repository held."""
+
+    def __init__(self, api: HfApi | None = None) -> None:
+        self._api = api or HfApi()
 
     def upload(self, folder: Path, repo: str) -> str:
-        api = HfApi()
+        message = f"Punchline artifact {folder.name}"
         try:
-            address = api.create_repo(repo, exist_ok=True)
-            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Punchline artifact {folder.name}")
+            address = self._api.create_repo(repo, exist_ok=True)
+            self._api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, delete_patterns="*")
         except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError, ValueError) as error:
             raise ExportFailed(f"{folder} is whole, but could not be sent to {repo} ({_reason(error)})") from error
         return str(address)
@@ -134,7 +141,9 @@ def main(
     out: Annotated[Path, typer.Option(help="The artifact: a directory that does not exist yet.")],
     pairs: Annotated[Path, typer.Option(help="Pairs whose captions become golden items and the score distribution: the validation table.")],
     checkpoint: Annotated[str | None, typer.Option(help="step-0000100; without it the newest whole one.")] = None,
-    evaluation: Annotated[Path | None, typer.Option(help="report.json of training.evaluate: its figures and its temperature.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="report.json of training.evaluate on an earlier export of this checkpoint.")
+    ] = None,
     description: Annotated[str, typer.Option(help="One sentence that servers log and show.")] = "",
     name: Annotated[str | None, typer.Option(help="Title of the model card; without it the name of the repository or directory.")] = None,
     embed_base: Annotated[
@@ -151,11 +160,11 @@ def main(
             _check_repo(push)
         title = name or push or out.name
         options = {"checkpoint": checkpoint, "evaluation": evaluation, "description": description, "embed_base": embed_base}
-        export_artifact(run, out, pairs=pairs, name=title, console=console, **options)  # type: ignore[arg-type]
+        export_artifact(run, out, pairs=pairs, name=title, repo=push, console=console, **options)  # type: ignore[arg-type]
         if push is not None:
-            console.print(f"sent to {push_artifact(out, push, HuggingFaceHub())}", soft_wrap=True, highlight=False)
+            console.print(f"sent to {push_artifact(out, push, HuggingFaceHub())}", soft_wrap=True, highlight=False, markup=False)
     except PunchlineError as error:
-        console.print(f"[red]refused:[/red] {error}", soft_wrap=True, highlight=False)
+        console.print(Text.assemble(("refused:", "red"), f" {error}"), soft_wrap=True, highlight=False)
         raise typer.Exit(getattr(error, "exit_code", 3)) from None
 
 
@@ -168,12 +177,14 @@ def export_artifact(
     evaluation: Path | None = None,
     description: str = "",
     name: str | None = None,
+    repo: str | None = None,
     embed_base: bool = False,
     console: Console,
     prove: Callable[[Path], Proof] = prove_in_fresh_process,
 ) -> Path:
     """Write the artifact of a checkpoint to the new directory `out`; nothing is left of one that fails.
 
+    `name` is the card's title and `repo` where the card says it can be loaded from.
     Raises ExportRefused, DataInvalid or ArtifactInvalid for an input at fault, ExportFailed when writing fails.
     """
     if out.exists() or out.is_symlink():
@@ -186,9 +197,9 @@ def export_artifact(
         console.print("loading the artifact in a fresh process", highlight=False)
         proof = prove(partial)
         write_golden(partial, widened_tolerance(golden, proof.differences))
-        write_card(partial, CardFacts(name or out.name, config, source.run.metrics, source.evaluation, proof))
+        write_card(partial, CardFacts(name or out.name, repo, config, source.run.metrics, source.evaluation, proof))
         write_config(partial, config)
-        open_artifact(str(partial), offline=True)
+        open_artifact(str(partial.resolve()), offline=True)
         partial.rename(out)
     console.print(_summary(out, source, golden, proof))
     return out
@@ -197,7 +208,7 @@ def export_artifact(
 def push_artifact(artifact: Path, repo: str, hub: Hub) -> str:
     """Send a whole artifact to a Hub repository. Raises ExportRefused for one that only this machine could load, ExportFailed."""
     _check_repo(repo)
-    config = open_artifact(str(artifact), offline=True).config
+    config = open_artifact(str(artifact.resolve()), offline=True).config  # a bare name could be that of a bundled artifact
     if not config.base_model_name.startswith("./") and Path(config.base_model_name).is_dir():
         raise ExportRefused(f"{artifact}: its base {config.base_model_name} is a directory of this machine; export it with --embed-base")
     return hub.upload(artifact, repo)
@@ -206,7 +217,7 @@ def push_artifact(artifact: Path, repo: str, hub: Hub) -> str:
 def open_source(run: Path, checkpoint: str | None, pairs: Path, evaluation: Path | None, description: str, *, embed_base: bool) -> Source:
     """Read and check every input before the model is loaded."""
     opened = open_run(run, checkpoint)
-    report = None if evaluation is None else read_evaluation(evaluation)
+    report = None if evaluation is None else _read_report(evaluation, opened)
     table = read_pairs(pairs)
     model = opened.recipe.model
     base_path = find_base(model.base, model.revision)
@@ -223,6 +234,20 @@ def open_source(run: Path, checkpoint: str | None, pairs: Path, evaluation: Path
         }
     )
     return Source(opened, base_path, config, pairs, drawn, report)
+
+
+def _read_report(path: Path, run: Run) -> Evaluation:
+    """Figures that can be this artifact's: not of a server, whose weights nobody here has seen, and not of the pairs it learned."""
+    report = read_evaluation(path)
+    if report.target.kind == "server":
+        raise ExportRefused(f"{path}: measured the server {report.target.name}; evaluate the artifact itself, by its directory")
+    if report.target.weights_sha256 is None:
+        raise ExportRefused(f"{path}: does not say which weights it measured; evaluate {report.target.name} again")
+    trained_on = run.description["data"].get(TRAIN_TABLE, {}).get("sha256")
+    for name, table in report.inputs.items():
+        if table.sha256 == trained_on:
+            raise ExportRefused(f"{path}: its {name} {table.path} are the training table of {run.path}; evaluate on pairs it never saw")
+    return report
 
 
 def open_run(run: Path, checkpoint: str | None) -> Run:
@@ -319,6 +344,7 @@ def _headline(evaluation: Evaluation) -> dict[str, Any]:
         "num_contests": pairs.agreement.pooled.num_contests,
         "loss": pairs.agreement.outcomes.loss,
         "temperature": pairs.temperature.value,
+        "ignored": evaluation.ignored,
         "evaluated_fingerprint": evaluation.target.fingerprint,
         "inputs": {name: table.sha256 for name, table in evaluation.inputs.items()},
     }
@@ -328,13 +354,13 @@ def _write_parts(source: Source, partial: Path, console: Console) -> tuple[Golde
     """Everything but the card. The golden scores are the trainee's own, so that a fault in writing shows when they are read back."""
     trainee = _load_trainee(source.run, partial)
     config = _write_model(source, trainee, partial)
-    _check_evaluated(source, partial)
+    _check_evaluated(source, Artifact(partial, config, trainee.base_path if trainee.peft else partial / OWN_BASE, ()))
     torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution: float32 means float32
     model = trainee.model.eval().requires_grad_(False).to(torch.device(resolve_device("auto")))
     pairs = _usable(trainee.encoder, source)
     folder = source.table.parent
     score = lambda groups: [scores.values for scores in score_plain(model, groups)]  # noqa: E731
-    golden = scaled_tolerance(make_golden(trainee.encoder, score, choose_inputs(trainee.encoder, pairs, folder), partial))
+    golden = make_golden(trainee.encoder, score, choose_inputs(trainee.encoder, pairs, folder), partial)
     write_golden(partial, golden)
     scores = score_captions(model, trainee.encoder, pairs, folder, console)
     if not all(map(math.isfinite, scores)):
@@ -370,13 +396,16 @@ def _write_model(source: Source, trainee: Trainee, partial: Path) -> RewardModel
     return config
 
 
-def _check_evaluated(source: Source, partial: Path) -> None:
-    """Where the evaluated artifact still lies: figures of another checkpoint are not this one's."""
+def _check_evaluated(source: Source, written: Artifact) -> None:
+    """Figures of other weights are not this artifact's."""
     if source.evaluation is None:
         return
-    head = Path(source.evaluation.target.name) / HEAD_NAME
-    if head.is_file() and file_sha256(head) != file_sha256(partial / HEAD_NAME):
-        raise ExportRefused(f"{head}: was evaluated, and is not the head of {source.run.checkpoint.path}")
+    target, found = source.evaluation.target, weights_sha256(written)
+    if target.weights_sha256 != found:
+        raise ExportRefused(
+            f"the evaluation of {target.name} measured other weights than those of {source.run.checkpoint.path}: "
+            f"expected sha256 {target.weights_sha256}, found {found}"
+        )
 
 
 def _save_adapter(peft: PeftModel, base_name: str, folder: Path) -> None:
@@ -400,9 +429,13 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _usable(encoder: Encoder, source: Source) -> list[Pair]:
-    """The drawn pairs that the model takes whole."""
+    """The drawn pairs that the model takes whole. Raises DataInvalid for a table of another kind than the model's."""
     if not encoder.takes_images and any(pair.image for pair in source.pairs):
         raise DataInvalid(f"{source.table}: has pictures, and {source.run.recipe.model.base} is a text-only base")
+    allowed = (None, encoder.config.default_prompt)
+    strange = [pair.pair_id for pair in source.pairs if pair.prompt not in allowed] if encoder.config.prompt_policy == "fixed" else []
+    if strange:
+        raise DataInvalid(f"{source.table}, pair {strange[0]}: has a prompt, and model.prompt_policy is fixed")
     fitting = leave_out_unfit(encoder, source.pairs, source.table.parent, None)
     if not fitting.pairs:
         raise DataInvalid(f"{source.table}: no pair fits the model: {dict(fitting.left_out)}")
@@ -437,16 +470,24 @@ def _writing(out: Path) -> Iterator[Path]:
 
 
 def _summary(out: Path, source: Source, golden: Golden, proof: Proof) -> Table:
-    table = Table("", title=f"exported to {out}", show_header=False)
+    table = Table("", title=escape(f"exported to {out}"), show_header=False)
     table.add_column(overflow="fold")
     num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     table.add_row("step", str(source.run.checkpoint.step))
     table.add_row("golden scores", str(sum(len(item.scores) for item in golden.items)))
     for name, difference in proof.differences.items():
         table.add_row(f"  largest difference, {name}", f"{difference:.2e}")
+    table.add_row("temperature", _temperature(source))
     table.add_row("bytes", f"{num_bytes:,}")
     table.add_row(f"fingerprint, {proof.dtype} on {proof.device}", proof.fingerprint)
     return table
+
+
+def _temperature(source: Source) -> str:
+    if source.evaluation is None:
+        return "not calibrated: no evaluation"
+    fitted = source.evaluation.pairs.temperature
+    return f"not calibrated: {fitted.refused}" if fitted.value is None else f"{fitted.value:.4g}"
 
 
 def _check_repo(repo: str) -> None:

@@ -23,7 +23,7 @@ from app.artifacts import Artifact, Golden, open_artifact
 from app.contracts import EncodedGroup
 from app.encoding import Encoder, load_encoder
 from app.errors import ApiError, ArtifactInvalid, PunchlineError
-from app.golden import GOLDEN_LIMITS, GoldenInput, encode_golden
+from app.golden import GOLDEN_LIMITS, GoldenInput, encode_golden, long_prompt
 from app.images import probe_image
 from app.model import load_model, resolve_device
 from app.scoring import score_shared
@@ -31,16 +31,18 @@ from training.pairs import Pair
 
 NumberFormat = Literal["float32", "bfloat16"]
 NUM_ITEMS, NUM_CAPTIONS = 3, 6
-_TOKENS_A_SENTENCE = 5  # at least: four words or numbers and a stop, which no tokenizer joins
-_MAX_SHARE = 0.01  # of the golden scores' spread: where all scores are close, less than the absolute tolerance may differ
+_MAX_SHARE = 0.01  # of the golden scores' spread that float32 may differ by, however close the scores are
 _ROOM = 3.0  # another device's kernels may round this many times as far as this one's
+_MAX_ROUNDED = 0.25  # of the golden scores' spread: a bfloat16 that rounds further tells captions apart by chance
+_MIN_ROUNDED = 0.1  # what it may always differ by
 
 
 def choose_inputs(encoder: Encoder, pairs: Sequence[Pair], folder: Path) -> list[GoldenInput]:
     """Captions of pictures across the table: one item with the default prompt, one with its pair's own, one with a prompt that is cut.
 
     The long prompt makes a changed budget change a score. Only pictures that a server takes by default are chosen; a text-only
-    model gets none. With too few of its own an item is filled up with captions of the others. Raises ArtifactInvalid.
+    model gets none. Every item begins in its own third of its scene's pairs, since a table may have one scene only; with too few
+    of its own it is filled up with captions of the others. Raises ArtifactInvalid.
     """
     scenes: dict[str | None, list[Pair]] = {}
     for pair in pairs:
@@ -51,26 +53,26 @@ def choose_inputs(encoder: Encoder, pairs: Sequence[Pair], folder: Path) -> list
     keys = [takes[place * (len(takes) - 1) // (NUM_ITEMS - 1)] for place in range(NUM_ITEMS)]
     keys[1] = next((key for key in takes if _own_prompt(scenes[key])), keys[1])
     items = []
-    for key, prompt in zip(keys, _prompts(encoder, _own_prompt(scenes[keys[1]])), strict=True):
-        captions = tuple(dict.fromkeys(_captions_of([*scenes[key], *pairs])))[:NUM_CAPTIONS]
+    for number, (key, prompt) in enumerate(zip(keys, _prompts(encoder, _own_prompt(scenes[keys[1]])), strict=True)):
+        own = scenes[key]
+        start = number * len(own) // NUM_ITEMS
+        captions = tuple(dict.fromkeys(_captions_of([*own[start:], *own[:start], *pairs])))[:NUM_CAPTIONS]
         items.append(GoldenInput(folder / str(key) if encoder.takes_images else None, captions, prompt))
     return items
 
 
-def long_prompt(max_prompt_tokens: int) -> str:
-    """A prompt of more tokens than the budget, and only a few times as many."""
-    return " ".join(f"Detail {number} seems odd." for number in range(max_prompt_tokens // _TOKENS_A_SENTENCE + 1))
-
-
-def scaled_tolerance(golden: Golden) -> Golden:
-    """Rounding grows with the scores: tolerances hold for scores that spread by 1 or less and are scaled for others."""
-    spread = max(1.0, _spread(golden))
-    return golden.model_copy(update={"tolerance": {name: value * spread for name, value in golden.tolerance.items()}})
-
-
 def widened_tolerance(golden: Golden, differences: dict[NumberFormat, float]) -> Golden:
-    """Room for what bfloat16 was seen to round to. float32 is never widened: there a difference is a fault."""
-    wanted = max(golden.tolerance["bfloat16"], _ROOM * differences["bfloat16"])
+    """Room for what bfloat16 was seen to round to. float32 is never widened: there a difference is a fault.
+
+    Raises ArtifactInvalid where bfloat16 rounds so far that it is another model.
+    """
+    found, limit = differences["bfloat16"], max(_MIN_ROUNDED, _MAX_ROUNDED * _spread(golden))
+    if not found <= limit:
+        raise ArtifactInvalid(
+            f"golden scores in bfloat16 differ by {found:.2e}, expected at most {limit:.2e}, "
+            f"a quarter of their spread: this model cannot be served in bfloat16"
+        )
+    wanted = min(limit, max(golden.tolerance["bfloat16"], _ROOM * found))
     return golden.model_copy(update={"tolerance": golden.tolerance | {"bfloat16": wanted}})
 
 
@@ -98,7 +100,7 @@ def prove_in_fresh_process(artifact: Path) -> Proof:
 
 def prove(root: Path) -> Proof:
     """Load and score as a server would, in both formats. Raises ArtifactInvalid where float32 misses a golden score."""
-    artifact = open_artifact(str(root), offline=True)
+    artifact = open_artifact(str(root.resolve()), offline=True)  # a bare name could be that of a bundled artifact
     golden = artifact.golden()
     if golden is None:
         raise ArtifactInvalid(f"{root}: no golden scores")

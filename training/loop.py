@@ -42,8 +42,14 @@ class Course:
 
     collator: Collator
     plan: StepPlan
+    num_steps: int
     validation: Collator | None
     validation_batches: Sequence[Sequence[int]]
+
+    @property
+    def num_left_out(self) -> int:
+        """Pairs that an epoch does not come to, other ones in every epoch: they make no whole step."""
+        return len(self.plan.keys) - self.plan.steps_per_epoch * self.plan.pairs_per_step
 
 
 class Training:
@@ -54,8 +60,8 @@ class Training:
         self._trainee = trainee
         self._course = course
         self._accelerator = accelerator
-        self._checkpoints = Checkpoints(run / "checkpoints", recipe.run.max_checkpoints)
-        self.num_steps = recipe.run.max_steps or recipe.run.num_epochs * course.plan.steps_per_epoch
+        self.checkpoints = Checkpoints(run / "checkpoints", recipe.run.max_checkpoints)
+        self.num_steps = course.num_steps
         optimiser = make_optimiser(list(trainee.trainable().values()), recipe.optimiser, accelerator.device)
         self._model, self._optimiser = accelerator.prepare(trainee.model, optimiser)
         self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]  # sharded, perhaps
@@ -105,11 +111,14 @@ class Training:
         if accelerator.num_processes > 1:
             self._save_together(step, state)
             return
-        with self._checkpoints.writing(step) as folder:
+        with self.checkpoints.writing(step) as folder:
             self._write(folder, state)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Weights, optimiser, schedule and random numbers as they were. Raises CheckpointFailed when they do not fit the recipe."""
+        numbers = checkpoint.path / f"random_states_{self._accelerator.process_index}.pkl"
+        if not numbers.exists():  # accelerate would go on with others and say nothing
+            raise CheckpointFailed(f"{numbers}: missing; this run had another number of processes")
         try:
             if self._accelerator.distributed_type != "FSDP":
                 load_trained(self._trainee.model, load_file(checkpoint.path / TRAINED_NAME))
@@ -123,7 +132,7 @@ class Training:
         """Several processes write into one folder, which the main one made and will seal."""
         accelerator = self._accelerator
         if accelerator.is_main_process:
-            with self._checkpoints.writing(step) as folder:
+            with self.checkpoints.writing(step) as folder:
                 folders = [str(folder)]
                 _broadcast(folders)
                 self._write(folder, state)
@@ -178,10 +187,8 @@ def weights_of(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _asked(gaps: Tensor | None, loss: Loss) -> Tensor | None:
-    if loss.margin_per_gap == 0:
+    if loss.margin_per_gap == 0 or gaps is None:  # a training table without gaps was refused
         return None
-    if gaps is None:
-        raise TrainingFailed("loss.margin_per_gap needs the gap of the crowd's means, and a pair of the table has none")
     return gaps * loss.margin_per_gap
 
 

@@ -34,7 +34,8 @@ class EvaluationInvalid(StartRefused):
 class CardFacts:
     """What the card tells; nothing is computed for it."""
 
-    name: str
+    name: str  # the title
+    repo: str | None  # the Hub repository it is sent to
     config: RewardModelConfig
     metrics: Sequence[dict[str, Any]]  # lines of metrics.jsonl
     evaluation: Evaluation | None
@@ -63,7 +64,7 @@ def write_card(root: Path, facts: CardFacts) -> None:
     """README.md and the plots it shows. Neither can change a score, so no hash of them is kept."""
     plots = draw_plots(facts)
     if plots:
-        (root / FOLDER).mkdir()
+        (root / FOLDER).mkdir(exist_ok=True)
     for name, png in plots.items():
         (root / FOLDER / f"{name}.png").write_bytes(png)
     (root / CARD_NAME).write_text(as_markdown(facts, plots), encoding="utf-8")
@@ -113,13 +114,13 @@ def as_markdown(facts: CardFacts, plots: Iterable[str]) -> str:
     """The whole card."""
     sections = [
         _header(facts),
-        f"# {facts.name}",
+        f"# {_line(facts.name)}",
         facts.config.description,
         _what(facts.config),
         _serving(facts),
         _training(facts, plots),
         _data(facts.config.training["data"]),
-        _evaluation(facts.evaluation, plots) if facts.evaluation else "",
+        _evaluation(facts.evaluation, facts.config.training["data"], plots) if facts.evaluation else "",
         _limits(facts),
         _origin(facts),
     ]
@@ -145,6 +146,8 @@ def _what(config: RewardModelConfig) -> str:
         "A reward model that gives every caption of a prompt, and of an image where it takes one, a single number. Only differences of "
         f"its scores mean anything: P(a preferred to b) = sigmoid({margin}).",
     ]
+    if temperature == 1:
+        lines.append("It is not calibrated: no temperature was fitted to its margins, so that probability may be far off.")
     if config.score_distribution is not None:
         spread = config.score_distribution
         lines.append(
@@ -155,10 +158,9 @@ def _what(config: RewardModelConfig) -> str:
 
 
 def _serving(facts: CardFacts) -> str:
-    source = facts.name if _is_hub_id(facts.name) else f"path/to/{facts.name}"
     base = facts.config.base_model_name
     where = "" if base.startswith("./") else f"\n\nThe base `{base}` is loaded besides; `--base-model` names another place it lies in."
-    return f"## Use\n\n```\npunchline serve --model {source}\n```\n\n```\n{_curl(facts)}\n```{where}"
+    return f"## Use\n\n```\npunchline serve --model {facts.repo or 'path/to/artifact'}\n```\n\n```\n{_curl(facts)}\n```{where}"
 
 
 def _curl(facts: CardFacts) -> str:
@@ -176,7 +178,8 @@ def _training(facts: CardFacts, plots: Iterable[str]) -> str:
     parts = [f"## Training\n\nCheckpoint of step {training['step']}.", _table(("recipe", "value"), rows)]
     for kind in ("training", "validation"):
         if line := training["metrics"][kind]:
-            figures = ", ".join(f"{name.removeprefix('validation_')} {_number(value)}" for name, value in line.items() if name != "step")
+            values = {name.removeprefix("validation_").removeprefix("num_"): value for name, value in line.items() if name != "step"}
+            figures = ", ".join(f"{name} {_number(value)}" for name, value in values.items())
             parts.append(f"Last {kind} figures, step {line['step']}: {figures}.")
     return "\n\n".join([*parts, *_picture("learning_curve", "Loss and accuracy by step", plots)])
 
@@ -191,14 +194,16 @@ def _data(tables: dict[str, dict[str, Any]]) -> str:
     return f"## Data\n\n{_table(head, rows)}"
 
 
-def _evaluation(evaluation: Evaluation, plots: Iterable[str]) -> str:
-    pairs = evaluation.pairs
+def _evaluation(evaluation: Evaluation, tables: dict[str, dict[str, Any]], plots: Iterable[str]) -> str:
+    pairs, target = evaluation.pairs, evaluation.target
     counts = f"{pairs.coverage.num_scored:,} of {pairs.coverage.num_pairs:,} pairs of {pairs.agreement.pooled.num_contests} contests"
-    origin = (
-        f"Evaluated: `{evaluation.target.fingerprint}`, {evaluation.target.dtype} on {evaluation.target.device}, {evaluation.finished}."
-    )
-    inputs = " ".join(f"{name} `{Path(table.path).name}`, sha256 `{table.sha256}`." for name, table in evaluation.inputs.items())
-    words = f"{counts} could be scored. Intervals are 95 % and resample contests, since pairs of one contest are not independent."
+    ignored = f", with {' and '.join(evaluation.ignored)} ignored" if evaluation.ignored else ""
+    origin = f"Evaluated: {_span(target.fingerprint)}, {_span(target.dtype)} on {_span(target.device)}, {_span(evaluation.finished)}."
+    inputs = " ".join(f"{name} {_span(Path(table.path).name)}, sha256 {_span(table.sha256)}." for name, table in evaluation.inputs.items())
+    words = f"{counts} could be scored{ignored}. Intervals are 95 % and resample contests, since pairs of one contest are not independent."
+    watched = [name for name, table in tables.items() if table["sha256"] in {each.sha256 for each in evaluation.inputs.values()}]
+    if watched:
+        inputs += f" {_span(watched[0])} is the table that training was watched on, so the figures may flatter."
     pictures = [
         *_picture("accuracy_by_contest", "Accuracy by contest", plots),
         *_picture("accuracy_by_gap", "Accuracy by how sure the crowd is", plots),
@@ -219,19 +224,21 @@ def _figures(evaluation: Evaluation) -> list[tuple[str, str, str]]:
             rows.append((f"control: {control.name}", f"left out: {control.skipped}", ""))
             continue
         rows.append((f"control: {control.name}, {control.meaning}", *_estimate(control.agreement.pooled)))
-        rows.append((f"model minus control: {control.name}", *_estimate(control.difference, signed=True)))
+        if control.guessing is not None:
+            rows.append((f"control: {control.name}, a tie counted one half", *_estimate(control.guessing)))
+        rows.append((f"model minus control: {control.name}, a tie counted one half", *_estimate(control.difference, signed=True)))
     for best in evaluation.captions.best_of if evaluation.captions else ():
         rows.append((f"best of {best.n}: mean crowd rating gained", *_estimate(best.gain, signed=True)))
     return rows
 
 
 def _single_figures(pairs: PairFigures) -> list[tuple[str, str, str]]:
-    outcomes = pairs.agreement.outcomes
+    outcomes, refused = pairs.agreement.outcomes, pairs.temperature.value is None
     return [
         ("ties, counted as no wins", f"{outcomes.ties:,}", ""),
         ("margin, mean and standard deviation", f"{outcomes.margin_mean:.4f} and {outcomes.margin_std:.4f}", ""),
         ("Bradley-Terry loss (ln 2 = 0.6931 knows nothing)", f"{outcomes.loss:.4f}", ""),
-        ("fitted temperature", pairs.temperature.refused or _number(pairs.temperature.value), ""),
+        ("fitted temperature", f"not calibrated: {pairs.temperature.refused}" if refused else _number(pairs.temperature.value), ""),
     ]
 
 
@@ -294,6 +301,16 @@ def _code(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     marks = "``" if "`" in text else "`"
     return f"{marks} {text} {marks}" if "`" in text else f"{marks}{text}{marks}"
+
+
+def _line(text: str) -> str:
+    """Somebody's words on one line, without marks that begin HTML or a link."""
+    return " ".join(text.split()).translate({ord(mark): f"\\{mark}" for mark in "<[`"})
+
+
+def _span(text: str) -> str:
+    """Somebody's words as code, on one line: neither HTML nor Markdown."""
+    return f"`{' '.join(text.replace('`', ' ').split())}`"
 
 
 def _picture(name: str, title: str, plots: Iterable[str]) -> list[str]:

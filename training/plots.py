@@ -58,6 +58,8 @@ def plot_contests(contests: Sequence[ContestOutcomes], agreement: Agreement) -> 
         sheet.axes.scatter(places, values, s=12 + 48 * sizes / sizes.max(), color=_ACCENT, zorder=3, label="contest (larger: more pairs)")
         named = len(ordered) <= _MAX_NAMED
         sheet.axes.set_xticks(places if named else [], [each.contest[:12] for each in ordered] if named else [], rotation=90, fontsize=7)
+        for label in sheet.axes.get_xticklabels():
+            label.set_parse_math(False)  # a contest may be called anything, dollars included
         sheet.axes.set_xlabel("contest, worst first")
         _accuracy_axis(sheet.axes, values)
         sheet.axes.legend(loc="lower right", fontsize=8)

@@ -124,7 +124,11 @@ def _plain(value: Any) -> Any:
 def prepare(
     build: Build, out: Path, *, command: str, arguments: Mapping[str, Any], seed: int, overwrite: bool, progress: Progress
 ) -> dict[str, Any]:
-    """Build in a sibling folder, then rename: `out` is the old one or the whole new one. Returns the report; raises DataInvalid."""
+    """Build in a sibling folder, then rename: `out` is the old one or the whole new one, never half of either.
+
+    Killed between the two renames the old one lies in `.NAME.old`, and the next run puts it back. Returns the report; raises DataInvalid.
+    """
+    _put_back(out)
     refuse_unless_free(out, overwrite=overwrite)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
@@ -190,12 +194,27 @@ def _losses(prepared: Prepared) -> str:
 
 
 def _replace(out: Path, partial: Path) -> None:
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _old(out)
     if out.exists():
         out.rename(old)
-    partial.rename(out)
+    try:
+        partial.rename(out)
+    finally:
+        _put_back(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(out: Path) -> Path:
+    return out.with_name(f".{out.name}.old")
+
+
+def _put_back(out: Path) -> None:
+    """The old folder where the new one never came."""
+    if _old(out).exists():
+        if out.exists():
+            shutil.rmtree(_old(out), ignore_errors=True)
+        else:
+            _old(out).rename(out)
 
 
 class _Bars:
@@ -231,6 +250,9 @@ def main() -> None:
         app(prog_name=f"python -m {TOOL}")
     except DataInvalid as error:
         err_console.print(f"{TOOL}: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(DataInvalid.exit_code)
+    except OSError as error:  # a full disk, a folder that may not be written
+        err_console.print(f"{TOOL}: {error.filename}: {error.strerror}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(DataInvalid.exit_code)
 
 

@@ -6,14 +6,15 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from app.artifacts import DEFAULT_PROMPT, TEMPLATE, ImageRecipe
 from app.errors import StartRefused
 
 RECIPES = Path(__file__).parent / "recipes"
+_Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RecipeInvalid(StartRefused):
@@ -24,13 +25,19 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def _with_both_slots(template: str) -> str:
+    if template.count("{prompt}") != 1 or template.count("{caption}") != 1:
+        raise ValueError("template must contain {prompt} and {caption} once each")
+    return template
+
+
 class Model(_Strict):
-    """The base, and how a caption becomes what it reads. Everything but base, revision and dtype goes into the artifact."""
+    """The base, and how a caption becomes what it reads; the artifact says the same."""
 
     base: str = Field(description="Hub id or directory of the base model, its tokenizer and image processor.")
     revision: str | None = Field(None, description="Commit of a Hub base; a branch may move.")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Format of the frozen weights; without LoRA use float32.")
-    template: str = TEMPLATE
+    template: Annotated[str, AfterValidator(_with_both_slots)] = TEMPLATE
     default_prompt: str = DEFAULT_PROMPT
     prompt_policy: Literal["request", "fixed"] = "request"
     caption_role: Literal["user", "raw"] = "user"
@@ -56,7 +63,9 @@ class Data(_Strict):
     max_pairs: int | None = Field(None, ge=1, description="At most this many training pairs, drawn across contests.")
     max_validation_pairs: int | None = Field(1000, ge=1, description="The same for the pairs measured during training.")
     pairs_per_image: int = Field(1, ge=1, description="So many pairs of one image and prompt go into a batch together and share them.")
-    max_tokens: int | None = Field(None, ge=8, description="Pairs with a longer chat are left out and counted; none: every pair must fit.")
+    max_tokens: int | None = Field(
+        None, ge=8, description="Pairs with a longer chat are left out and counted, as those whose caption is over budget always are."
+    )
 
 
 class Loss(_Strict):
@@ -86,15 +95,21 @@ class Optimiser(_Strict):
     num_warmup_steps: int = Field(0, ge=0)
     final_share: float = Field(0.0, ge=0, le=1, description="Share of the peak rate that cosine and linear end at.")
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Decay, _Decay] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _ends_as_its_schedule_can(self) -> Self:
+        if self.schedule == "constant" and self.final_share:
+            raise ValueError("final_share has no meaning in a constant schedule")
+        return self
 
 
 class Run(_Strict):
     """Length, batches, precision, and what is kept."""
 
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=1 << 32)
     num_epochs: int = Field(1, ge=1)
     max_steps: int | None = Field(None, ge=1, description="Stop after so many steps, however many epochs that is.")
     batch_size: int = Field(ge=1, description="Pairs in one forward on one device.")

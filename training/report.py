@@ -34,6 +34,7 @@ from training.statistics import (
 
 SCHEMA_VERSION = 1
 JSON_NAME, HTML_NAME = "report.json", "report.html"
+AS_SERVED = "as served"  # the reliability with the artifact's own temperature
 _NOTHING = "-"
 _STYLE = """
 :root { --ink: #1d2430; --soft: #5b6675; --line: #dfe3e8; --accent: #2f5d8a; }
@@ -101,6 +102,11 @@ class PairFigures:
     temperature: Temperature
     controls: tuple[Control, ...]
 
+    @property
+    def served(self) -> Reliability:
+        """The calibration of what a server answers: with the artifact's own temperature where it has one."""
+        return next((each for each in self.reliability if each.name == AS_SERVED), self.reliability[0])
+
 
 @dataclass(frozen=True, slots=True)
 class CaptionFigures:
@@ -125,12 +131,25 @@ class Evaluation:
     pairs: PairFigures
     captions: CaptionFigures | None
 
+    @property
+    def ignored(self) -> list[str]:
+        """What the tables have and the model was not shown."""
+        return [what for what in ("images", "prompts") if self.arguments.get(f"ignore_{what}")]
+
 
 def write_report(folder: Path, evaluation: Evaluation) -> None:
-    """Both files, each whole or not at all."""
+    """Both files whole, or neither touched. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / JSON_NAME, as_json(evaluation))
-    _write(folder / HTML_NAME, as_html(evaluation))
+    texts = {folder / HTML_NAME: as_html(evaluation), folder / JSON_NAME: as_json(evaluation)}
+    partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in texts}
+    try:
+        for path, text in texts.items():
+            partials[path].write_text(text, encoding="utf-8")
+        for path, partial in partials.items():
+            os.replace(partial, path)
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
 
 
 def as_json(evaluation: Evaluation) -> str:
@@ -167,7 +186,7 @@ def as_table(evaluation: Evaluation) -> Table:
 
 def _headlines(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     pairs = evaluation.pairs
-    outcomes = pairs.agreement.outcomes
+    outcomes, served = pairs.agreement.outcomes, pairs.served
     rows = [
         ("pairs scored", f"{pairs.coverage.num_scored:,} of {pairs.coverage.num_pairs:,}", ""),
         ("accuracy, all pairs", *_parts(pairs.agreement.pooled)),
@@ -175,7 +194,7 @@ def _headlines(evaluation: Evaluation) -> list[tuple[str, str, str]]:
         ("ties (no wins)", f"{outcomes.ties:,}", ""),
         ("margin, mean and deviation", f"{outcomes.margin_mean:.3f}, {outcomes.margin_std:.3f}", ""),
         ("Bradley-Terry loss", f"{outcomes.loss:.4f}", ""),
-        ("expected calibration error", f"{pairs.reliability[0].calibration.expected_error:.4f}", ""),
+        (f"expected calibration error, T = {served.temperature:.4g}", f"{served.calibration.expected_error:.4f}", ""),
         ("fitted temperature", _optional(pairs.temperature.value), ""),
     ]
     for control in pairs.controls:
@@ -183,7 +202,8 @@ def _headlines(evaluation: Evaluation) -> list[tuple[str, str, str]]:
             rows.append((control.name, "left out", ""))
         else:
             rows.append((f"{control.name}: accuracy", *_parts(control.agreement.pooled)))
-            rows.append(("  model minus control", *_parts(control.difference, signed=True)))
+            rows.append(("  a tie one half", *_parts(control.guessing)))
+            rows.append(("  model minus control, so counted", *_parts(control.difference, signed=True)))
     best_of = evaluation.captions.best_of if evaluation.captions else ()
     return rows + [(f"best of {best.n}: rating gained", *_parts(best.gain, signed=True)) for best in best_of]
 
@@ -193,8 +213,10 @@ def _head(title: str, evaluation: Evaluation) -> str:
     ahead = [(f"ahead of {control.name}", control.difference) for control in pairs.controls if control.difference is not None]
     cards = [_card("accuracy, all pairs", pairs.agreement.pooled), _card("accuracy, mean of contests", pairs.agreement.macro)]
     cards += [_card(name, value, signed=True) for name, value in ahead]
-    where = f"{target.kind}, {target.dtype} on {target.device}, fingerprint <code>{escape(target.fingerprint[:12])}</code>"
+    where = f"{target.kind}, {escape(target.dtype)} on {escape(target.device)}, fingerprint <code>{escape(target.fingerprint[:12])}</code>"
     counts = f"{pairs.coverage.num_scored:,} of {pairs.coverage.num_pairs:,} pairs of {pairs.agreement.macro.num_contests} contests"
+    if evaluation.ignored:
+        counts += f", <b>{' and '.join(evaluation.ignored)} ignored</b>"
     return f'<h1>{escape(title)}</h1><p class="soft">{where} &middot; {counts} &middot; {escape(evaluation.finished)}</p>' + _div(
         "cards", cards
     )
@@ -240,15 +262,27 @@ def _contest_table(contests: Iterable[ContestOutcomes]) -> str:
 
 def _control_section(pairs: PairFigures) -> str:
     words = (
-        "What a judge that cannot know the answer makes of the same pairs. The difference is paired: the same contests are drawn for both."
+        "What a judge that cannot know the answer makes of the same pairs. Strictly a tie is no win; in the difference a tie of either "
+        "side counts one half, as guessing would. The difference is paired: the same contests are drawn for both."
     )
     rows = []
     for control in pairs.controls:
         ties = f"{control.agreement.outcomes.ties:,}" if control.agreement else ""
         number = f"{control.agreement.outcomes.num_pairs:,}" if control.agreement else ""
         accuracy = _parts(control.agreement.pooled) if control.agreement else (f"left out: {control.skipped}", "")
-        rows.append((f"{control.name}: {control.meaning}", number, *accuracy, ties, *_parts(control.difference, signed=True)))
-    head = ("control", "pairs", "accuracy", "95 % interval", "ties", "model minus control", "95 % interval")
+        difference = _parts(control.difference, signed=True)
+        rows.append((f"{control.name}: {control.meaning}", number, ties, *accuracy, *_parts(control.guessing), *difference))
+    head = (
+        "control",
+        "pairs",
+        "ties",
+        "accuracy",
+        "95 % interval",
+        "a tie one half",
+        "95 % interval",
+        "model minus control",
+        "95 % interval",
+    )
     return _section("Controls", words, _table(head, rows, words=1)) if rows else ""
 
 
@@ -309,7 +343,8 @@ def _caption_section(captions: CaptionFigures) -> str:
 def _band_section(bands: Sequence[BandComparison]) -> str:
     words = (
         "Probability that a caption of the better rank band scores above one of the worse (area under the curve; 0.5 is chance), "
-        f"averaged over the contests that have at least {MIN_BAND} captions in both bands."
+        f"averaged over the contests that have at least {MIN_BAND} scored captions in both bands, and all of the better band ranked before "
+        "the other."
     )
     rows = [(f"{each.better} against {each.worse}", each.auc.num_contests if each.auc else 0, *_parts(each.auc)) for each in bands]
     return _section("Telling rank bands apart", words, _table(("ranks", "contests", "AUC", "95 % interval"), rows))
@@ -335,6 +370,7 @@ def _coverage_section(evaluation: Evaluation) -> str:
 def _origin_section(evaluation: Evaluation) -> str:
     target = evaluation.target
     rows: list[tuple[object, ...]] = [("fingerprint", target.fingerprint), ("calibration temperature", f"{target.temperature:g}")]
+    rows += [("sha256 of the weights", target.weights_sha256)] if target.weights_sha256 else []
     for name, table in evaluation.inputs.items():
         rows.append((name, f"{table.path}: {table.num_rows:,} rows, {table.num_contests} contests, sha256 {table.sha256}"))
     rows += [(f"--{name.replace('_', '-')}", value) for name, value in evaluation.arguments.items()]
@@ -399,9 +435,3 @@ def _optional(value: float | None) -> str:
 
 def _refusals(refused: Mapping[str, int]) -> str:
     return ", ".join(f"{number:,} {code}" for code, number in refused.items()) or "none"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -20,6 +20,7 @@ Indices = NDArray[np.int64]
 Floats = NDArray[np.float64]
 _TRIES_A_PAIR = 200
 _TRIES_A_CAPTION = 20
+_MAX_TRIES = 10_000_000  # a gigabyte of drawn numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ def _draw_from_all(ordered: Sequence[RatedCaption], rule: PairRule, bits: np.ran
 def _draw_by_trial(ordered: Sequence[RatedCaption], rule: PairRule, bits: np.random.PCG64) -> _Candidates:
     """Draw i, then j behind it, many times; keep the first clear and different ones."""
     num = len(ordered)
-    num_tries = max(rule.max_pairs * _TRIES_A_PAIR, num * _TRIES_A_CAPTION)
+    num_tries = min(max(rule.max_pairs * _TRIES_A_PAIR, num * _TRIES_A_CAPTION), _MAX_TRIES)
     better = (_uniform(bits, num_tries) * (num - 1)).astype(np.int64)
     worse = better + 1 + (_uniform(bits, num_tries) * (num - 1 - better)).astype(np.int64)
     clear = _clear(ordered, better, worse, rule)

@@ -5,7 +5,9 @@ Both answer group after group, a score or a refusal a caption; whatever else goe
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 import httpx
 
-from app.artifacts import open_artifact
+from app.artifacts import ADAPTER_WEIGHTS_NAME, Artifact, base_sha256, file_sha256, open_artifact
 from app.contracts import EncodedGroup, EncodedImage, Group
 from app.encoding import Encoder, load_encoder
 from app.errors import ApiError, ImageRejected, NonfiniteScore, RequestError
@@ -30,6 +32,9 @@ MAX_WAIT_S = 600.0  # patience with a server that answers 503 to the same reques
 _MAX_GROUPS, _MAX_CAPTIONS = 8, 64  # a request: large enough to batch, small enough for the deadline of a slow server
 _SPARE_S = 30.0  # beyond the server's own deadline
 _NUM_UPLOADS = 3  # times an image is sent to a server that forgets it at once
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_DTYPE = re.compile(r"float32|bfloat16")
+_DEVICE = re.compile(r"[a-z]{1,16}(:\d{1,3})?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,7 @@ class Target:
     fixed_prompt: bool  # no other prompt than the default one is allowed
     temperature: float  # of the artifact's calibration
     takes_images: bool | None  # None: the server says so when it is asked
+    weights_sha256: str | None = None  # `weights_sha256` of an artifact; a server does not say
 
 
 class GroupScorer(Protocol):
@@ -193,8 +199,17 @@ def open_local(
         fixed_prompt=artifact.config.prompt_policy == "fixed",
         temperature=artifact.config.calibration.temperature,
         takes_images=encoder.takes_images,
+        weights_sha256=weights_sha256(artifact),
     )
     return LocalScorer(target, encoder, loaded.model, max_batch_tokens)
+
+
+def weights_sha256(artifact: Artifact) -> str:
+    """One SHA-256 over the weights that score: head, adapter where there is one, base. Two exports of a checkpoint share it."""
+    adapter = [artifact.adapter_path / ADAPTER_WEIGHTS_NAME] if artifact.config.kind == "lora_head" else []
+    digests = [file_sha256(path) for path in (artifact.head_path, *adapter)]
+    base = artifact.config.base_model_sha256 or base_sha256(artifact.base_path)  # checked when the model is loaded
+    return hashlib.sha256(" ".join([*digests, base]).encode()).hexdigest()
 
 
 class RemoteScorer:
@@ -347,14 +362,27 @@ def _target(url: str, card: dict[str, Any]) -> Target:
     return Target(
         name=url,
         kind="server",
-        fingerprint=str(model["fingerprint"]),
-        dtype=str(runtime["dtype"]),
-        device=str(runtime["device"]),
+        fingerprint=_matching(_FINGERPRINT, model["fingerprint"]),
+        dtype=_matching(_DTYPE, runtime["dtype"]),
+        device=_matching(_DEVICE, runtime["device"]),
         default_prompt=str(model["default_prompt"]),
         fixed_prompt=model["prompt_policy"] == "fixed",
-        temperature=float(model["calibration"]["temperature"]),
+        temperature=_positive(model["calibration"]["temperature"]),
         takes_images=None,
     )
+
+
+def _matching(form: re.Pattern[str], value: Any) -> str:
+    """What a report will show of a server is of the form it has, or ValueError."""
+    if not isinstance(value, str) or not form.fullmatch(value):
+        raise ValueError(f"expected {form.pattern}")
+    return value
+
+
+def _positive(value: Any) -> float:
+    if not 0 < (number := float(value)) < math.inf:
+        raise ValueError("expected a positive number")
+    return number
 
 
 def _read_group(answer: Any, num_captions: int) -> tuple[Outcome, ...]:

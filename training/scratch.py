@@ -5,6 +5,7 @@ A tokenizer learned from the captions, a chat template, random weights in the sh
 
 from __future__ import annotations
 
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Annotated
@@ -74,12 +75,15 @@ def write_base(base: TextBase, captions: list[str], out: Path) -> Qwen2Model:
         raise RecipeInvalid(f"{out}: exists already")
     frame = TEMPLATE.format(prompt=DEFAULT_PROMPT, caption="") + CHAT_TEMPLATE
     tokenizer = train_tokenizer([*captions, *[frame] * (len(captions) // 100 + 1)], base.vocab_size)
-    tokenizer.save_pretrained(out)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save_pretrained(partial)
     torch.manual_seed(base.seed)
     shapes = base.model_dump(exclude={"seed", "vocab_size"})
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     model = Qwen2Model(Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=True, use_sliding_window=False, **shapes, **ids))
-    model.save_pretrained(out)
+    model.save_pretrained(partial)
+    partial.rename(out)
     return model
 
 

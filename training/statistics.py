@@ -76,7 +76,10 @@ class ContestOutcomes:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Pairs whose sigma gap lies in [low, high); both None: the gap is not known. `high` None: no upper end."""
+    """Pairs whose sigma gap lies in [low, high); both None: the gap is not known. `high` None: no upper end.
+
+    The lowest bucket has no lower end: a gap is below zero where the preferred caption has the lower mean.
+    """
 
     low: float | None
     high: float | None
@@ -86,6 +89,8 @@ class Bucket:
     def name(self) -> str:
         if self.low is None:
             return "unknown"
+        if self.low == 0:
+            return f"below {self.high:g}"
         return f"{self.low:g} and more" if self.high is None else f"{self.low:g} to {self.high:g}"
 
 
@@ -226,10 +231,18 @@ def agreement(margins: ArrayLike, contests: Sequence[str], bootstrap: Bootstrap)
     return Agreement(outcomes(found), bootstrap.mean(wins, contests), bootstrap.macro(wins, contests))
 
 
+def credit(margins: ArrayLike) -> Floats:
+    """1 for a win, 0 for a loss, one half for a tie: what a judge that guesses at its ties gets on average."""
+    result: Floats = (np.sign(_margins(margins)) + 1) / 2
+    return result
+
+
 def difference(margins: ArrayLike, others: ArrayLike, contests: Sequence[str], bootstrap: Bootstrap) -> Estimate:
-    """Accuracy by `margins` minus accuracy by `others` on the same pairs: paired, so contests that are hard for both cancel."""
-    wins, other_wins = _margins(margins) > 0, _margins(others) > 0
-    return bootstrap.mean(wins.astype(np.float64) - other_wins, contests)
+    """Accuracy by `margins` minus accuracy by `others` on the same pairs: paired, so contests that are hard for both cancel.
+
+    Ties count one half on both sides, so that nobody is ahead of a judge that sees no difference for answering at random.
+    """
+    return bootstrap.mean(credit(margins) - credit(others), contests)
 
 
 def by_contest(margins: ArrayLike, contests: Sequence[str]) -> list[ContestOutcomes]:
@@ -247,7 +260,8 @@ def by_sigma(margins: ArrayLike, gaps: Sequence[float | None], contests: Sequenc
     edges: list[float | None] = [0.0, *SIGMA_EDGES, None]
     buckets = []
     for low, high in [*itertools.pairwise(edges), (None, None)]:
-        inside = np.isnan(known) if low is None else (known >= low) & (known < (math.inf if high is None else high))
+        least = -math.inf if low == 0 else low
+        inside = np.isnan(known) if least is None else (known >= least) & (known < (math.inf if high is None else high))
         if inside.any():
             buckets.append(Bucket(low, high, agreement(found[inside], labels[inside].tolist(), bootstrap)))
     return buckets
@@ -273,7 +287,7 @@ def calibration(margins: ArrayLike, temperature: float = 1.0) -> Calibration:
     """
     found = _margins(margins)
     confidence = sigmoid(np.abs(found) / temperature)
-    right = (np.sign(found) + 1) / 2
+    right = credit(found)
     inner = np.unique(np.quantile(confidence, np.linspace(0, 1, NUM_BINS + 1)[1:-1]))
     place = np.searchsorted(inner, confidence, side="left")
     members = [place == number for number in np.unique(place)]

@@ -12,13 +12,17 @@ from types import TracebackType
 from typing import Any, Self
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import is_wandb_available
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from training.recipe import RecipeInvalid
+
 METRICS_NAME = "metrics.jsonl"
 TRACKER_FOLDER = "logs"
 _SHOWN = 50  # steps the shown means run over
+_SPEED_PERIOD_S = 3600  # a step may take longer than rich's own half minute
 log = logging.getLogger("punchline.training")
 
 
@@ -41,14 +45,18 @@ class ValidationMetrics:
     validation_loss: float
     validation_accuracy: float
     validation_margin: float
-    validation_pairs: int
+    validation_num_pairs: int
 
 
 def choose_trackers(wanted: str) -> list[str]:
-    """Names for accelerate: `auto` is TensorBoard, and W&B where it is installed."""
+    """Names for accelerate: `auto` is TensorBoard, and W&B where it is installed. Raises RecipeInvalid for one that is not there."""
     if wanted == "auto":
         return ["tensorboard", *(["wandb"] if is_wandb_available() else [])]
-    return [name for name in wanted.split(",") if name and name != "none"]
+    names = [name.strip() for name in wanted.split(",") if name.strip() not in ("", "none")]
+    there = sorted(map(str, get_available_trackers()))
+    if absent := sorted(set(names) - set(there)):
+        raise RecipeInvalid(f"--trackers {', '.join(absent)}: not installed or not known; there are {', '.join(there)}")
+    return names
 
 
 class Tracker:
@@ -62,7 +70,7 @@ class Tracker:
             *(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}")),
             *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
         )
-        self._bar = Progress(*columns, console=console, disable=not accelerator.is_main_process)
+        self._bar = Progress(*columns, console=console, disable=not accelerator.is_main_process, speed_estimate_period=_SPEED_PERIOD_S)
         self._task = self._bar.add_task("training", total=num_steps, completed=first_step, figures="")
         if accelerator.is_main_process:
             forget_after(self._path, first_step)
@@ -73,7 +81,10 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
-        self._accelerator.end_training()
+        try:
+            self._accelerator.end_training()
+        except OSError as fault:
+            log.warning("a tracker could not be closed (%s)", fault.strerror)  # must not hide what ended the run
 
     def step(self, step: int, metrics: StepMetrics) -> None:
         self._recent.append(metrics)
@@ -87,7 +98,7 @@ class Tracker:
         if self._accelerator.is_main_process:
             self._bar.console.print(
                 f"step {step}: validation accuracy {metrics.validation_accuracy:.4f}, loss {metrics.validation_loss:.4f}, "
-                f"margin {metrics.validation_margin:.3f} ({metrics.validation_pairs} pairs)"
+                f"margin {metrics.validation_margin:.3f} ({metrics.validation_num_pairs} pairs)"
             )
 
     def _write(self, step: int, values: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from app.artifacts import PROCESSOR_NAME, Artifact, RewardModelConfig, find_base
 from app.encoding import Encoder, load_encoder
+from app.errors import ArtifactInvalid
 from app.heads import LinearHead
-from app.model import RewardModel, load_backbone
-from training.recipe import Lora, Model, Recipe, Regularisation
+from app.model import RewardModel, load_backbone, read_base_config
+from training.recipe import Lora, Model, Recipe, RecipeInvalid, Regularisation
 
 OWN_BASE = "./base"  # where an artifact keeps a base that was trained itself
 _PROCESSOR_FILES = (
@@ -60,12 +62,15 @@ def make_trainee(recipe: Recipe, run: Path) -> Trainee:
 
 
 def add_lora(backbone: Any, lora: Lora) -> PeftModel:
-    """A fresh adapter whose weights are float32; everything else is frozen."""
+    """A fresh adapter whose weights are float32; everything else is frozen. Raises RecipeInvalid for targets that are not there."""
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks transformers 5.23 so
-        return get_peft_model(backbone, config)
+        try:
+            return get_peft_model(backbone, config)
+        except ValueError as error:
+            raise RecipeInvalid(f"lora.targets: {str(error).splitlines()[0]}") from None
 
 
 def drop_embeddings(layer: nn.Module, wanted: Regularisation) -> None:
@@ -83,13 +88,10 @@ def drop_embeddings(layer: nn.Module, wanted: Regularisation) -> None:
 
 def describe(recipe: Recipe, base_path: Path) -> RewardModelConfig:
     """The artifact's configuration as far as the recipe decides it."""
-    from transformers import AutoConfig
-
     model: Model = recipe.model
-    base = AutoConfig.from_pretrained(base_path, local_files_only=True, trust_remote_code=False)
     return RewardModelConfig(
         base_model_name=model.base if recipe.lora else OWN_BASE,
-        score_head_shape=(1, base.get_text_config().hidden_size),
+        score_head_shape=(1, read_base_config(base_path).get_text_config().hidden_size),
         kind="lora_head" if recipe.lora else "full_head",
         base_model_revision=model.revision if recipe.lora else None,
         template=model.template,
@@ -105,11 +107,18 @@ def describe(recipe: Recipe, base_path: Path) -> RewardModelConfig:
 
 
 def copy_processor(base_path: Path, target: Path) -> None:
-    """Tokenizer, chat template and image processor, byte for byte as the base ships them."""
+    """Tokenizer, chat template and image processor, byte for byte as the base ships them; files that are there already stay.
+
+    Raises ArtifactInvalid for one that is there and differs. Several processes may do this at once.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    for pattern in _PROCESSOR_FILES:
-        for path in base_path.glob(pattern):
-            shutil.copyfile(path, target / path.name)
+    for path in (path for pattern in _PROCESSOR_FILES for path in base_path.glob(pattern)):
+        if not (target / path.name).exists():
+            partial = target / f".{path.name}.{os.getpid()}"
+            shutil.copyfile(path, partial)
+            partial.replace(target / path.name)
+        elif (target / path.name).read_bytes() != path.read_bytes():
+            raise ArtifactInvalid(f"{path}: not the file the run in {target.parent} began with")
 
 
 def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:

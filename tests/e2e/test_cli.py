@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
-from app.artifacts import DEMO_PATH
-from tests.e2e.server import Server
+from app.artifacts import CONFIG_NAME, DEMO_PATH
+from app.errors import ApiError
+from app.remote import remote_info
+from tests.e2e.server import Server, started
 from tests.e2e.test_serving import punchline
+from tests.tiny import edit_json
 
 CARTOON = str(sorted((DEMO_PATH / "cartoons").glob("*.png"))[0])
 
@@ -31,6 +40,55 @@ def test_compare_locally_and_remotely(server: Server) -> None:
     remote = ask("compare", CARTOON, "Nice day.", "Nobody asked.", "--url", server.url)
     assert local["preferred"] == remote["preferred"]
     assert local["probability_a"] == pytest.approx(remote["probability_a"], abs=1e-4)
+
+
+def test_the_table_ranks_with_the_artifacts_own_temperature(tmp_path: Path) -> None:
+    """At an enormous temperature every caption wins against the best as often as not."""
+    root = shutil.copytree(DEMO_PATH, tmp_path / "model")
+    edit_json(root / CONFIG_NAME, calibration={"temperature": 1e9})
+    local = punchline("score", CARTOON, "Nice day.", "Nobody asked.", "--model", str(root))
+    with started("--model", str(root)) as server:
+        remote = punchline("score", CARTOON, "Nice day.", "Nobody asked.", "--url", server.url)
+    for done in (local, remote):
+        assert done.stdout.count(" 0.500 ") == 2, done.stderr
+
+
+@contextmanager
+def answering(status: int, content: bytes) -> Iterator[str]:
+    """A server that says the same to everything."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *parts: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "words"),
+    [
+        (200, b"\xff\xfe\x00{", "answered something else than JSON"),
+        (200, b"[1]", "answered HTTP 200 and something else than a JSON object"),
+        (502, b'["bad gateway"]', "answered HTTP 502 and something else than a JSON object"),
+        (500, b'{"error": "oops"}', "HTTP 500"),
+    ],
+)
+def test_whatever_a_server_answers_is_an_error_of_ours(status: int, content: bytes, words: str) -> None:
+    with answering(status, content) as url, pytest.raises(ApiError, match=words) as raised:
+        remote_info(url, None)
+    assert "\n" not in raised.value.message
 
 
 def test_tables_show_captions_as_plain_text(server: Server) -> None:

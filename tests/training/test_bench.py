@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
-from training.bench import Geometry, build_model, make_groups, measure, pad_groups, table_of
+import pytest
+import typer
+
+from training.bench import Geometry, Timing, as_dict, build_model, make_groups, measure, pad_groups, read_grid, table_of
 
 SMALL = Geometry(
     *(2, 2),
@@ -40,9 +43,26 @@ def test_tokens_by_hand() -> None:
     assert group.num_prefix == 100
     assert all(25 <= length <= 45 for length in suffixes)
     timing = measure(model, [group], 4, 1, lambda: None)
-    assert timing.shared_tokens == 100 + sum(suffixes)
-    assert timing.padded_tokens == 8 * (100 + max(suffixes))
+    assert timing.num_shared_tokens == 100 + sum(suffixes)
+    assert timing.num_padded_tokens == 8 * (100 + max(suffixes))
     batch, num_padded = pad_groups(model, [group])
     assert batch["input_ids"].numel() == num_padded
     assert batch["image_grid_thw"].shape[0] == 8
-    assert "refused" not in str(table_of([timing], 4, "here").columns[5]._cells)
+
+
+AGREED = Timing(1, 1000, 500, 3.0, 1.5, 1.8, 1e-6)
+
+
+def test_no_ratio_is_told_when_gradients_disagree() -> None:
+    assert as_dict(AGREED)["ratio"] == 2.0
+    assert table_of([AGREED], 4, "here").columns[5]._cells == ["2.00"]
+    other = replace(AGREED, gradient_difference=0.1)
+    assert (as_dict(other)["ratio"], as_dict(other)["slowest_ratio"]) == (None, None)
+    assert table_of([other], 4, "here").columns[5]._cells == ["refused"]
+
+
+@pytest.mark.parametrize("text", ["11", "11x", "0x4", "11x16x3", "a x b"])
+def test_a_grid_is_two_numbers(text: str) -> None:
+    assert read_grid("11x16") == (11, 16)
+    with pytest.raises(typer.BadParameter):
+        read_grid(text)

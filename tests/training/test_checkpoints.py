@@ -55,6 +55,27 @@ def test_a_broken_one_is_named_and_passed_over(tmp_path: Path, damage: str, capl
     assert "step-0000002" in caplog.text
 
 
+def test_going_on_from_before_a_broken_one_removes_it(tmp_path: Path) -> None:
+    """Else the broken one, having the higher number, would push out the one just written."""
+    checkpoints = Checkpoints(tmp_path, 1)
+    write(checkpoints, 50)
+    write(Checkpoints(tmp_path, 2), 100)
+    (tmp_path / "step-0000100" / SEAL_NAME).unlink()
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest.step == 50
+    write(checkpoints, 75)
+    assert [each.step for each in checkpoints.all()] == [75]
+
+
+def test_other_folders_are_left_alone(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 1)
+    write(checkpoints, 1)
+    (tmp_path / "step-0000001.bak").mkdir()
+    write(checkpoints, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000001.bak", "step-0000002"]
+
+
 def test_a_failure_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, 1)
     write(checkpoints, 1)

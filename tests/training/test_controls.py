@@ -33,6 +33,15 @@ def test_a_control_is_compared_on_the_pairs_both_can_judge() -> None:
     assert found.skipped is None
 
 
+def test_ties_of_a_control_are_no_wins_strictly_and_half_ones_in_the_comparison() -> None:
+    """The model wins both pairs, the control wins one and ties one: strictly 1/2, guessing 3/4, so the model is 1/4 ahead."""
+    found = compared(SHUFFLED, np.array([1.0, 1.0]), np.array([1.0, 0.0]), ["a", "b"], BOOTSTRAP)
+    assert found.agreement is not None
+    assert found.guessing is not None
+    assert found.difference is not None
+    assert (found.agreement.pooled.value, found.guessing.value, found.difference.value) == (0.5, 0.75, 0.25)
+
+
 def test_a_control_that_judges_nothing_says_so() -> None:
     found = compared(LENGTH, np.array([math.nan]), np.array([1.0]), ["a"], BOOTSTRAP)
     assert (found.skipped, found.agreement) == ("no pair can be judged both ways", None)

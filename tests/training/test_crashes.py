@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,4 +158,7 @@ def test_two_processes_train_as_one(tiny: TinyRun, tmp_path: Path) -> None:
     one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
     assert [step for step, _ in two] == [1, 2, 3, 4]
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-3)
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-0000004")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-0000003")
     finish(start([*launch, *both, "--resume"]))
+    assert losses_of(tmp_path / "two") == two

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from pydantic import ValidationError
 from rich.console import Console
@@ -25,7 +26,7 @@ from app.images import decode_image
 from app.model import load_model
 from app.scoring import score_shared
 from tests.tiny import LIMITS
-from training.demo.__main__ import missed
+from training.demo.__main__ import main, missed, replace_artifact
 from training.demo.base import Lesson, Naming, Report, build_base, fit_loss, pad_rows, patches_by_matmul, probe_loss, round_to_bfloat16
 from training.demo.build import DemoBuilder, Figures, draw_png
 from training.demo.captions import SUBJECT_WORDS
@@ -34,10 +35,12 @@ from training.demo.examination import Judged, shuffle_away
 from training.demo.pictures import vary
 from training.demo.tokenizer import train_tokenizer
 from training.demo.world import WORLD, Bounds, World, load_world
+from training.golden import prove
 from training.recipe import RecipeInvalid, load_recipe
 
 DEMO = load_world()
 RECIPE = load_recipe("demo")
+TOY = load_recipe("demo", ["optimiser.num_warmup_steps=0"])  # two steps are no time to warm up in
 JUDGED = Judged(accuracy=0.95, by_fault={"subject": 0.95}, num_pairs=10)
 FIGURES = Figures(1, 1, Naming(1.0, 1.0, 1.0, 1.0), JUDGED, replace(JUDGED, accuracy=0.6))
 BOUNDS = Bounds(min_accuracy=0.9, max_shuffled_accuracy=0.65, max_artifact_bytes=100, pairs_per_picture=1)
@@ -107,6 +110,23 @@ def test_a_missed_bound_is_named(figures: Figures, num_bytes: int, words: str) -
 
 def test_bounds_that_hold_say_nothing() -> None:
     assert missed(FIGURES, 100, BOUNDS) == []
+
+
+def test_a_folder_that_is_no_artifact_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(typer.BadParameter, match=r"holds no reward_model_config\.json"):
+        main(out=tmp_path, threads=torch.get_num_threads())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_finished_artifact_takes_the_place_of_another(there: bool, tmp_path: Path) -> None:
+    out, partial = tmp_path / "demo", tmp_path / ".demo.partial"
+    for folder in (partial, out) if there else (partial,):
+        folder.mkdir()
+        (folder / folder.name).write_text("x")
+    replace_artifact(out, partial)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["demo", "demo/.demo.partial"]
 
 
 def test_rows_are_padded_right_and_only_the_lesson_is_labelled() -> None:
@@ -190,15 +210,17 @@ def test_the_whole_path_at_a_toy_length(tmp_path: Path) -> None:
     """
     work, out, progress = tmp_path / "work", tmp_path / "demo", Quiet()
     work.mkdir()
-    figures = DemoBuilder(toy_world(), RECIPE, work, progress, Console(quiet=True)).build(out)
+    figures = DemoBuilder(toy_world(), TOY, work, progress, Console(quiet=True)).build(out)
     assert progress.shown == {"drawing": 960, "seeing": 2, "reading": 2}
     assert figures.judged.num_pairs == figures.shuffled.num_pairs == 120
     opened = open_artifact(str(out), offline=True)
     assert (opened.assumed, opened.config.base_model_name, opened.config.description) == ((), "./base", DEMO.description)
-    assert opened.config.training["recipe"] == RECIPE.model_dump(mode="json")
+    assert opened.config.training["recipe"] == TOY.model_dump(mode="json")
     assert opened.config.training["world"] == toy_world().model_dump(mode="json")
     assert opened.config.training["step"] == 2
     assert str(tmp_path) not in (out / "reward_model_config.json").read_text()
+    found = prove(out)
+    assert f"{found.differences['float32']:.1e} in float32" in (out / "README.md").read_text()
     check_golden(opened)
 
 

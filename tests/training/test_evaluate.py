@@ -17,7 +17,7 @@ from tests.tiny import picture, write_text_only
 from training.controls import CAPTION_ONLY, LENGTH, SHUFFLED, Control
 from training.evaluate import BadArguments, Options, check_fit, main, measure_captions, measure_pairs, read_tables
 from training.pairs import DataInvalid, Pair, RatedCaption, write_captions, write_pairs
-from training.scorers import CaptionGroup, Outcome, Refusal, Target
+from training.scorers import CaptionGroup, Outcome, Refusal, Target, weights_sha256
 
 TARGET = Target("judge", "artifact", "f" * 64, "float32", "cpu", "Say it.", False, 1.0, True)
 OPTIONS = Options(num_draws=200)
@@ -90,7 +90,7 @@ def test_the_figures_of_a_table_by_hand(tmp_path: Path) -> None:
     """Longer wins. Contest 1: margins 2 and -1; contest 2: margin 0, and a pair with a refused caption, which is in no figure.
 
     Of three scored pairs one is won, one tied, one lost: accuracy 1/3 pooled, (1/2 + 0) / 2 over contests, mean margin 1/3. The
-    control "shorter wins" is right in one pair of three as well, so the model is ahead by nothing.
+    control "shorter wins" is right in one pair of three and ties in another as well, so the model is ahead by nothing.
     """
     pairs = [
         pair(1, "1", "abcd", "ab", sigma_gap=3.5),
@@ -129,17 +129,19 @@ def test_a_caption_of_many_pairs_is_scored_once_and_groups_are_bounded(tmp_path:
 
 
 def test_a_model_that_needs_its_image_is_found_out_by_both_controls(tmp_path: Path) -> None:
-    """It is always right with the right image; without one everything ties, which is no win; with another one as well."""
+    """It is always right with the right image; without one and with another everything ties: no win, and half of one by guessing."""
     names = ["ant", "bee", "cow", "dog"]
     pairs = [pair(number, name, f"the {name}", f"the gnu of {number}") for number, name in enumerate(names)]
     found = controls_of(Judge(by_own_image), write_images(tmp_path, names), pairs)
     for name in (CAPTION_ONLY, SHUFFLED):
         control = found[name]
         assert control.agreement is not None
+        assert control.guessing is not None
         assert control.difference is not None
-        assert (control.agreement.outcomes.ties, control.agreement.pooled.value, control.difference.value) == (4, 0.0, 1.0)
+        assert (control.agreement.outcomes.ties, control.agreement.pooled.value) == (4, 0.0)
+        assert (control.guessing.value, control.difference.value) == (0.5, 0.5)
         assert control.difference.interval is not None
-        assert control.difference.interval.low == 1.0
+        assert control.difference.interval.low == 0.5
 
 
 def test_shuffled_images_keep_captions_and_prompts_and_come_from_other_contests(tmp_path: Path) -> None:
@@ -286,7 +288,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tables")
     (folder / "images").mkdir()
     pairs, captions = [], []
-    for number, item in enumerate(golden.items):
+    for number, item in enumerate(item for item in golden.items if item.prompt is None):
         assert item.image is not None
         image = f"images/{number}.png"
         (folder / image).write_bytes((opened.root / item.image).read_bytes())
@@ -319,6 +321,8 @@ def test_the_demo_in_process_and_over_http_has_the_same_figures(tables: Path, tm
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("local", "remote")]
     local, remote = reports
     assert local["target"]["fingerprint"] == remote["target"]["fingerprint"]
+    assert local["target"]["weights_sha256"] == weights_sha256(open_artifact("demo", offline=True))
+    assert remote["target"]["weights_sha256"] is None
     assert local["pairs"]["agreement"]["pooled"]["value"] == 1.0
     assert local["pairs"]["coverage"] == remote["pairs"]["coverage"]
     assert local["pairs"]["coverage"]["unscored"] == ["0/long", "1/long", "2/long"]
@@ -372,6 +376,17 @@ def test_a_folder_that_cannot_be_made_is_named(tables: Path, tmp_path: Path, cap
     (tmp_path / "file").write_text("")
     assert command("demo", tables, tmp_path / "file") == 2
     assert "cannot be written" in capfd.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_one_line_and_the_old_one_stays(
+    tables: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report.html").mkdir()
+    (tmp_path / "report.json").write_text("old")
+    assert command("demo", tables, tmp_path, "--device", "cpu", "--offline", "--no-controls") == 1
+    assert "the report could not be written (Is a directory); what was there is as it was" in capfd.readouterr().err
+    assert (tmp_path / "report.json").read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.json"}
 
 
 def test_tables_are_described_by_path_hash_and_counts(tables: Path) -> None:

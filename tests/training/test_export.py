@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import random
 import shutil
@@ -10,18 +12,32 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from app.artifacts import CONFIG_NAME, HEAD_NAME, RewardModelConfig, base_sha256, file_sha256, open_artifact, write_config
+from app.artifacts import (
+    CONFIG_NAME,
+    HEAD_NAME,
+    Golden,
+    GoldenItem,
+    RewardModelConfig,
+    base_sha256,
+    file_sha256,
+    open_artifact,
+    write_config,
+)
 from app.contracts import EncodedGroup
 from app.encoding import Encoder
 from app.errors import ArtifactInvalid, PunchlineError
+from app.golden import long_prompt
 from app.main import running
 from app.model import RewardModel
 from app.scoring import score_plain, score_shared
@@ -31,13 +47,14 @@ from tests.training.test_model_card import make_evaluation
 from tests.training.tiny_run import QUIET, TinyRun, write_tiny_run
 from training.collation import Collator
 from training.demo.tokenizer import train_tokenizer
-from training.export import ExportFailed, ExportRefused, app, export_artifact, name_base, push_artifact
-from training.golden import Proof, long_prompt, prove, prove_in_fresh_process
+from training.export import ExportFailed, ExportRefused, HuggingFaceHub, app, export_artifact, name_base, push_artifact
+from training.golden import Proof, choose_inputs, prove, prove_in_fresh_process, widened_tolerance
 from training.loop import TRAINED_NAME
 from training.model_card import EvaluationInvalid
 from training.pairs import DataInvalid, Pair, read_pairs, write_pairs
 from training.recipe import Recipe
-from training.report import as_json
+from training.report import Evaluation, as_json
+from training.scorers import weights_sha256
 from training.train import train
 from training.trainee import load_trained, make_trainee
 
@@ -77,7 +94,20 @@ def table_of(tiny: TinyRun) -> Path:
 
 def export(run: Path, out: Path, tiny: TinyRun, **options: Any) -> Path:
     """Proven in this process: quick, and the same code."""
-    return export_artifact(run, out, console=QUIET, **{"pairs": table_of(tiny), "prove": prove} | options)
+    return export_artifact(run, out, **{"console": QUIET, "pairs": table_of(tiny), "prove": prove} | options)
+
+
+def evaluation_of(artifact: Path, **target: Any) -> Evaluation:
+    """As if the artifact had been measured."""
+    return make_evaluation(**{"name": str(artifact), "weights_sha256": weights_sha256(open_artifact(str(artifact)))} | target)
+
+
+def without_prompts(tiny: TinyRun, root: Path) -> TinyRun:
+    """The same tables, every pair to the default prompt."""
+    data = shutil.copytree(tiny.data, root / "data")
+    for path in data.glob("*.parquet"):
+        write_pairs(path, [replace(pair, prompt=None) for pair in read_pairs(path)])
+    return TinyRun(tiny.base, data)
 
 
 def load_trainee(recipe: Recipe, run: Path, step: int, folder: Path) -> tuple[Encoder, RewardModel]:
@@ -201,7 +231,9 @@ def test_an_earlier_checkpoint_by_name(tiny: TinyRun, run: Path, exported: Path,
 
 
 def test_with_its_base_it_needs_nothing_else(tiny: TinyRun, run: Path, exported: Path, tmp_path: Path) -> None:
-    artifact = export(run, tmp_path / "whole", tiny, embed_base=True)
+    console = Console(file=io.StringIO(), width=200)
+    artifact = export(run, tmp_path / "whole", tiny, embed_base=True, console=console)
+    assert "not calibrated: no evaluation" in console.file.getvalue()  # type: ignore[attr-defined]
     opened = open_artifact(str(artifact))
     assert opened.base_path == artifact / "base"
     assert (opened.config.base_model_name, opened.config.base_model_revision) == ("./base", None)
@@ -219,10 +251,38 @@ def test_a_hub_base_is_pinned_to_the_commit_it_was_found_at(tiny: TinyRun, tmp_p
 
 
 def test_a_fixed_prompt_is_the_only_golden_one(tiny: TinyRun, tmp_path: Path) -> None:
-    tiny.train(tmp_path / "run", model={"prompt_policy": "fixed"}, run={"max_steps": 2})
-    golden = open_artifact(str(export(tmp_path / "run", tmp_path / "artifact", tiny))).golden()
+    """A table with other prompts would give a distribution, and a card, of what the model refuses."""
+    plain = without_prompts(tiny, tmp_path)
+    plain.train(tmp_path / "run", model={"prompt_policy": "fixed"}, run={"max_steps": 2})
+    golden = open_artifact(str(export(tmp_path / "run", tmp_path / "artifact", plain))).golden()
     assert golden is not None
     assert [item.prompt for item in golden.items] == [None] * 3
+    with pytest.raises(DataInvalid, match=r"pairs_validation\.parquet, pair 0: has a prompt, and model\.prompt_policy is fixed"):
+        export(tmp_path / "run", tmp_path / "other", tiny)
+
+
+def test_one_scene_makes_three_different_golden_items(exported: Path, tiny: TinyRun) -> None:
+    """Nine pairs of one picture: the items take pairs 0 to 2, 3 to 5 and 6 to 8."""
+    encoder, _ = load_whole(exported)
+    pairs = [Pair(str(number), "c", "images/0.png", None, f"a {number}", f"b {number}") for number in range(9)]
+    items = choose_inputs(encoder, pairs, tiny.data)
+    assert [item.captions for item in items] == [
+        tuple(f"{side} {number}" for number in range(start, start + 3) for side in "ab") for start in (0, 3, 6)
+    ]
+
+
+def test_bfloat16_may_differ_by_a_quarter_of_the_spread_and_no_more() -> None:
+    """Scores 1 and -1 spread by 1: seen 0.05, three times that is allowed; seen 0.2, the quarter; seen 0.26, none."""
+    item = GoldenItem(image=None, captions=["a", "b"], scores=[1.0, -1.0])
+    golden = Golden(tolerance={"float32": 1e-4, "bfloat16": 0.1}, items=[item])
+    for seen, allowed in ((0.01, 0.1), (0.05, 0.15), (0.2, 0.25)):
+        assert widened_tolerance(golden, {"float32": 0.0, "bfloat16": seen}).tolerance == {
+            "float32": 1e-4,
+            "bfloat16": pytest.approx(allowed),
+        }
+    for seen in (0.26, math.nan):
+        with pytest.raises(ArtifactInvalid, match="golden scores in bfloat16 differ"):
+            widened_tolerance(golden, {"float32": 0.0, "bfloat16": seen})
 
 
 def test_a_bfloat16_recipe_has_exact_golden_scores(tiny: TinyRun, tmp_path: Path) -> None:
@@ -234,7 +294,7 @@ def test_a_bfloat16_recipe_has_exact_golden_scores(tiny: TinyRun, tmp_path: Path
 
 
 def test_an_evaluation_gives_figures_and_temperature(tiny: TinyRun, run: Path, exported: Path, tmp_path: Path) -> None:
-    evaluation = make_evaluation(name=str(exported))
+    evaluation = evaluation_of(exported)
     (tmp_path / "report.json").write_text(as_json(evaluation))
     artifact = export(run, tmp_path / "artifact", tiny, evaluation=tmp_path / "report.json")
     config = open_artifact(str(artifact)).config
@@ -243,16 +303,25 @@ def test_an_evaluation_gives_figures_and_temperature(tiny: TinyRun, run: Path, e
     assert headline["accuracy"]["value"] == 0.75
     assert headline["accuracy_over_contests"]["value"] == pytest.approx(5 / 6)
     assert (headline["num_pairs"], headline["num_contests"]) == (4, 2)
+    assert headline["ignored"] == []
     assert (headline["evaluated_fingerprint"], headline["inputs"]) == ("e" * 64, {"pairs": "1" * 64})
     assert "card/calibration.png" in (artifact / "README.md").read_text()
     assert (artifact / "card" / "calibration.png").is_file()
 
 
 def test_an_evaluation_of_another_checkpoint_is_refused(tiny: TinyRun, run: Path, exported: Path, tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text(as_json(make_evaluation(name=str(exported))))
-    with pytest.raises(ExportRefused, match="was evaluated, and is not the head of"):
+    (tmp_path / "report.json").write_text(as_json(evaluation_of(exported)))
+    with pytest.raises(ExportRefused, match=r"measured other weights than those of .*step-0000002: expected sha256"):
         export(run, tmp_path / "out", tiny, evaluation=tmp_path / "report.json", checkpoint="step-0000002")
     assert left_in(tmp_path) == {"report.json"}
+
+
+def test_the_weights_are_those_of_head_adapter_and_base(exported: Path, tmp_path: Path) -> None:
+    """A name alone says nothing, and neither does the head: an adapter with another sign has another digest."""
+    copy = shutil.copytree(exported, tmp_path / "artifact")
+    edit_tensors(copy / "backbone_adapter/adapter_model.safetensors", lambda tensors: [tensor.neg_() for tensor in tensors.values()])
+    edit_json(copy / CONFIG_NAME, files={})
+    assert weights_sha256(open_artifact(str(copy))) != weights_sha256(open_artifact(str(exported)))
 
 
 def full_recipe(recipe: Recipe) -> Recipe:
@@ -385,6 +454,23 @@ def no_evaluation(run: Path, tiny: TinyRun) -> dict[str, Any]:
     return {"evaluation": run / "run.json"}
 
 
+def evaluation_of_a_server(run: Path, tiny: TinyRun) -> dict[str, Any]:
+    (run / "report.json").write_text(as_json(make_evaluation(kind="server", name="http://host:8000")))
+    return {"evaluation": run / "report.json"}
+
+
+def evaluation_of_unknown_weights(run: Path, tiny: TinyRun) -> dict[str, Any]:
+    (run / "report.json").write_text(as_json(make_evaluation()))
+    return {"evaluation": run / "report.json"}
+
+
+def evaluation_on_the_training_table(run: Path, tiny: TinyRun) -> dict[str, Any]:
+    found = make_evaluation(weights_sha256="0" * 64)
+    table = replace(found.inputs["pairs"], sha256=file_sha256(tiny.data / "pairs_train.parquet"))
+    (run / "report.json").write_text(as_json(replace(found, inputs={"pairs": table})))
+    return {"evaluation": run / "report.json"}
+
+
 @pytest.mark.parametrize(
     ("fault", "kind", "words"),
     [
@@ -403,6 +489,9 @@ def no_evaluation(run: Path, tiny: TinyRun) -> dict[str, Any]:
         (table_without_pictures, ArtifactInvalid, "no pair with a picture that a server takes"),
         (table_that_does_not_fit, DataInvalid, "no pair fits the model: {'caption_too_long': 1}"),
         (no_evaluation, EvaluationInvalid, "run.json: not the report.json of an evaluation"),
+        (evaluation_of_a_server, ExportRefused, "measured the server http://host:8000; evaluate the artifact itself"),
+        (evaluation_of_unknown_weights, ExportRefused, "does not say which weights it measured"),
+        (evaluation_on_the_training_table, ExportRefused, "somewhere/pairs_test.parquet are the training table of"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -466,9 +555,16 @@ def other_head(partial: Path) -> Proof:
     return prove(partial)
 
 
+def rounded_away(partial: Path) -> Proof:
+    """A device whose bfloat16 is another model."""
+    proof = prove(partial)
+    return replace(proof, differences=proof.differences | {"bfloat16": 5.0})
+
+
 @pytest.mark.parametrize(
     ("crash", "kind", "words"),
     [
+        (rounded_away, ArtifactInvalid, "golden scores in bfloat16 differ by 5.00e+00"),
         (interrupted, KeyboardInterrupt, ""),
         (disk_full, ExportFailed, "could not be written (No space left on device); nothing of it was kept"),
         (other_head, ArtifactInvalid, "golden scores in float32 differ"),
@@ -536,6 +632,36 @@ def test_a_whole_artifact_is_sent(run: Path, tiny: TinyRun, tmp_path: Path) -> N
     assert {CONFIG_NAME, "README.md", "base/model.safetensors", "golden/0.png"} <= hub.sent["me/umbrellas"]
 
 
+class RecordingApi(HfApi):
+    """Sends nothing; keeps what the Hub would be asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: dict[str, Any] = {}
+
+    def create_repo(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
+        return f"https://hub.example/{repo_id}"
+
+    def upload_folder(self, **options: Any) -> None:  # type: ignore[override]
+        self.asked = options
+
+
+def test_one_commit_replaces_everything_a_repository_held(exported: Path) -> None:
+    api = RecordingApi()
+    assert HuggingFaceHub(api).upload(exported, "me/umbrellas") == "https://hub.example/me/umbrellas"
+    assert (api.asked["folder_path"], api.asked["delete_patterns"]) == (exported, "*")
+
+
+def test_a_folder_with_the_name_of_a_bundled_artifact_is_the_folder(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundled demo would be sent; ours is refused for its base."""
+    shutil.copytree(exported, tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExportRefused, match="a directory of this machine"):
+        push_artifact(Path("demo"), "me/umbrellas", FakeHub())
+
+
 @pytest.mark.parametrize("repo", ["umbrellas", "a/b/c", "me/", "../me", "me/umb rellas"])
 def test_a_repository_has_an_owner(repo: str, exported: Path) -> None:
     hub = FakeHub()
@@ -557,3 +683,9 @@ def test_the_command_line_refuses_in_one_line(run: Path, tiny: TinyRun, tmp_path
     assert result.exit_code == ExportRefused.exit_code == 3
     assert "no such checkpoint" in result.stderr.replace("\n", " ")
     assert left_in(tmp_path) == set()
+
+
+def test_a_refusal_shows_paths_that_look_like_markup(tiny: TinyRun, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, [str(tmp_path / "[/red]"), "--out", str(tmp_path / "out"), "--pairs", str(table_of(tiny))])
+    assert result.exit_code == 3
+    assert "[/red]: not a training run" in result.stderr.replace("\n", "")

@@ -19,7 +19,8 @@ from training.collation import Collator
 from training.loop import AVERAGED_NAME, TRAINED_NAME, TrainingFailed, weights_of
 from training.pairs import DataInvalid, Pair, read_pairs, write_pairs
 from training.preference import bradley_terry_loss, score_pairs
-from training.train import choose_pairs, key_of, make_accelerator, make_course, train
+from training.recipe import RecipeInvalid
+from training.train import choose_pairs, key_of, make_accelerator, make_course, refuse_unsharded, train
 from training.trainee import Trainee, make_trainee
 
 
@@ -81,9 +82,9 @@ def test_gradients_equal_those_of_padded_separate_sequences(tiny: TinyRun, tmp_p
         assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
 
 
-def seeded_trainee(tiny: TinyRun, run: Path, **sections: dict[str, Any]) -> Trainee:
+def seeded_trainee(tiny: TinyRun, folder: Path, **sections: dict[str, Any]) -> Trainee:
     torch.manual_seed(3)
-    return make_trainee(tiny.recipe(**sections), run)
+    return make_trainee(tiny.recipe(**sections), folder)
 
 
 def disturb(trainee: Trainee, plain: ReferenceLoop) -> None:
@@ -101,6 +102,8 @@ def disturb(trainee: Trainee, plain: ReferenceLoop) -> None:
 def test_gradient_checkpointing_changes_no_loss(tiny: TinyRun, tmp_path: Path) -> None:
     for name, run in (("without", {}), ("with", {"gradient_checkpointing": True})):
         tiny.train(tmp_path / name, run={"max_steps": 4} | run)
+    backbone = seeded_trainee(tiny, tmp_path, run={"gradient_checkpointing": True}).model.backbone
+    assert all(layer.gradient_checkpointing for layer in (*backbone.language_model.layers, *backbone.visual.blocks))
     assert metrics_of(tmp_path / "with") == pytest.approx(metrics_of(tmp_path / "without"), rel=1e-5)
 
 
@@ -195,12 +198,19 @@ def silent() -> dict[str, Any]:
     return {"resume": False, "trackers": (), "console": QUIET}
 
 
-def test_centring_pulls_scores_to_zero_and_margins_push_them_apart(tiny: TinyRun, tmp_path: Path) -> None:
-    """The first step has all scores zero: a margin of 2 * 0.5 asked of each pair costs log(1 + e), nothing else changes."""
-    tiny.train(tmp_path / "asked", loss={"margin_per_gap": 2.0}, run={"max_steps": 1})
-    assert metrics_of(tmp_path / "asked") == pytest.approx([math.log(1 + math.e)], abs=1e-4)
-    tiny.train(tmp_path / "centred", loss={"centring": 0.1}, run={"max_steps": 1})
-    assert metrics_of(tmp_path / "centred") == pytest.approx([math.log(2)], abs=1e-4)
+def test_a_margin_asked_of_a_pair_by_hand(tiny: TinyRun, tmp_path: Path) -> None:
+    """The first step has all scores zero: a margin of 2 * 0.5 asked of each pair costs log(1 + e)."""
+    tiny.train(tmp_path, loss={"margin_per_gap": 2.0}, run={"max_steps": 1})
+    assert metrics_of(tmp_path) == pytest.approx([math.log(1 + math.e)], abs=1e-4)
+
+
+def test_centring_reaches_the_loop(tiny: TinyRun, tmp_path: Path) -> None:
+    """Its arithmetic is in test_preference; here it must change the second step's loss and not the first's."""
+    tiny.train(tmp_path / "plain", run={"max_steps": 3})
+    tiny.train(tmp_path / "centred", loss={"centring": 5.0}, run={"max_steps": 3})
+    plain, centred = metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "centred")
+    assert plain[0] == centred[0]
+    assert plain[2] != centred[2]
 
 
 def test_the_average_is_validated_and_exported_the_weights_are_trained(tiny: TinyRun, tmp_path: Path) -> None:
@@ -218,11 +228,81 @@ def test_the_average_is_validated_and_exported_the_weights_are_trained(tiny: Tin
     assert not torch.equal(plain["head.linear.weight"], chosen["head.linear.weight"])
 
 
-def test_a_margin_needs_the_gap(tiny: TinyRun, tmp_path: Path) -> None:
-    pairs = [Pair(str(number), "a", None, None, f"funny {number}", f"told {number}") for number in range(8)]
-    write_pairs(tmp_path / "pairs_train.parquet", pairs)
-    with pytest.raises(TrainingFailed, match="margin_per_gap"):
-        train(tiny.recipe(loss={"margin_per_gap": 1.0}), tmp_path, tmp_path / "run", **silent())
+@pytest.mark.parametrize(
+    ("pair", "sections", "named"),
+    [
+        (Pair("seven", "a", None, None, "funny", "told"), {"loss": {"margin_per_gap": 1.0}}, "margin_per_gap"),
+        (Pair("seven", "a", None, "Why?", "funny", "told", mean_gap=1.0), {"model": {"prompt_policy": "fixed"}}, "prompt_policy"),
+    ],
+)
+def test_pairs_of_the_wrong_sort_are_named_before_the_first_step(
+    tiny: TinyRun, tmp_path: Path, pair: Pair, sections: dict[str, Any], named: str
+) -> None:
+    others = [Pair(str(number), "a", None, None, f"funny {number}", "told", mean_gap=1.0) for number in range(8)]
+    write_pairs(tmp_path / "pairs_train.parquet", [*others, pair])
+    with pytest.raises(DataInvalid, match=rf"pair seven .*{named}"):
+        train(tiny.recipe(**sections), tmp_path, tmp_path / "run", **silent())
+
+
+def test_a_broken_picture_is_found_before_the_first_step(tiny: TinyRun, tmp_path: Path) -> None:
+    """Its header is whole; only its body is cut off."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes((tiny.data / "images" / "0.png").read_bytes()[:-40])
+    write_pairs(
+        tmp_path / "pairs_train.parquet", [Pair(str(number), "a", "images/0.png", None, f"funny {number}", "told") for number in range(8)]
+    )
+    with pytest.raises(DataInvalid, match=r"images/0\.png"):
+        train(tiny.recipe(), tmp_path, tmp_path / "run", **silent())
+
+
+def test_a_run_that_ends_while_it_warms_up_is_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(RecipeInvalid, match="only 6 steps"):
+        tiny.train(tmp_path, optimiser={"num_warmup_steps": 6})
+
+
+def test_a_refused_command_leaves_the_run_as_it_was(tiny: TinyRun, tmp_path: Path) -> None:
+    """Also its processor, which another base would bring along."""
+    tiny.train(tmp_path / "run", run={"max_steps": 2})
+    other = write_tiny_run(tmp_path / "other", num_train=8)
+    (other.base / "tokenizer_config.json").write_text((other.base / "tokenizer_config.json").read_text() + " ")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for resume in (False, True):
+        with pytest.raises(TrainingFailed):
+            other.train(tmp_path / "run", resume=resume)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_checkpoints_of_nobody_knows_what_are_not_entered(tiny: TinyRun, tmp_path: Path) -> None:
+    tiny.train(tmp_path, run={"max_steps": 2})
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(TrainingFailed, match=r"no run\.json"):
+        tiny.train(tmp_path, resume=True, run={"max_steps": 2})
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '"x"'])
+def test_a_broken_run_file_is_one_line(tiny: TinyRun, tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(TrainingFailed, match=r"run\.json"):
+        tiny.train(tmp_path, resume=True)
+
+
+def test_another_number_of_processes_is_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    tiny.train(tmp_path, run={"max_steps": 2})
+    description = json.loads((tmp_path / "run.json").read_text())
+    description["devices"]["num_processes"] = 2
+    (tmp_path / "run.json").write_text(json.dumps(description))
+    with pytest.raises(TrainingFailed, match="devices changed"):
+        tiny.train(tmp_path, resume=True, run={"max_steps": 2})
+
+
+def test_what_fsdp_would_do_wrongly_is_refused(tiny: TinyRun) -> None:
+    with pytest.raises(RecipeInvalid, match="fsdp_version 2"):
+        refuse_unsharded(tiny.recipe(), is_fsdp2=False)
+    with pytest.raises(RecipeInvalid, match=r"model\.dtype"):
+        refuse_unsharded(tiny.recipe(model={"dtype": "bfloat16"}), is_fsdp2=True)
+    with pytest.raises(RecipeInvalid, match="averaging"):
+        refuse_unsharded(tiny.recipe(regularisation={"averaging": 0.9}), is_fsdp2=True)
+    refuse_unsharded(tiny.recipe(), is_fsdp2=True)
 
 
 def test_pairs_that_do_not_fit_are_counted_and_left_out(tiny: TinyRun, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ PROOF = Proof({"float32": 1.5e-7, "bfloat16": 0.015}, "f" * 64, "float32", "cpu"
 METRICS = [
     {"step": 1, "loss": 0.69, "accuracy": 0.5},
     {"step": 2, "loss": 0.5, "accuracy": 1.0},
-    {"step": 2, "validation_loss": 0.25, "validation_accuracy": 0.75, "validation_pairs": 4},
+    {"step": 2, "validation_loss": 0.25, "validation_accuracy": 0.75, "validation_num_pairs": 4},
 ]
 TABLE = {"sha256": "0" * 64, "in_table": 1234, "drawn": 99, "used": 90, "left_out": {"caption_too_long": 9}, "contests": 7}
 
@@ -70,7 +70,7 @@ def make_facts(evaluation: Evaluation | None = None, **changes: Any) -> CardFact
         calibration=Calibration(temperature=2.5),
         score_distribution=ScoreDistribution(mean=0.5, std=1.25),
     )
-    facts = CardFacts("me/umbrellas", config.model_copy(update=changes), METRICS, evaluation, PROOF)
+    facts = CardFacts("Likes umbrellas; rm -rf", "me/umbrellas", config.model_copy(update=changes), METRICS, evaluation, PROOF)
     return replace(facts, proof=replace(PROOF, takes_images="caption_role" not in changes))
 
 
@@ -99,6 +99,31 @@ def test_it_says_how_to_serve_and_call() -> None:
     assert "curl -s http://127.0.0.1:8000/score -F image=@cartoon.png -F caption=" in card
     assert "sigmoid((score_a - score_b) / 2.5)" in card
     assert "score 0.5 on average, with a standard deviation of 1.25" in card
+
+
+def test_a_title_is_no_place_and_stands_in_no_command() -> None:
+    card = as_markdown(replace(make_facts(), repo=None, name="Punchline's <b>\nmodel"), ())
+    assert "punchline serve --model path/to/artifact\n" in card
+    assert "\n# Punchline's \\<b> model\n" in card
+    assert card.count("Punchline's") == 1
+
+
+def test_a_model_without_a_fitted_temperature_is_not_calibrated() -> None:
+    assert "not calibrated" not in as_markdown(make_facts(), ())
+    assert "It is not calibrated" in as_markdown(make_facts(calibration=Calibration()), ())
+
+
+def test_an_evaluation_says_what_it_ignored_and_that_it_saw_the_validation_table() -> None:
+    evaluation = make_evaluation(device="`</code>\n# x")
+    card = as_markdown(make_facts(evaluation), ())
+    assert "could be scored. " in card
+    assert "watched" not in card
+    assert "on ` </code> # x`" in card.replace("`</code>", "` </code>")
+    facts = make_facts(replace(evaluation, arguments={"ignore_prompts": True}))
+    facts.config.training["data"]["pairs_validation.parquet"] = TABLE | {"with_cut_prompt": 0, "sha256": "1" * 64}
+    card = as_markdown(facts, ())
+    assert "of 2 contests could be scored, with prompts ignored." in card
+    assert "`pairs_validation.parquet` is the table that training was watched on" in card
 
 
 def test_tables_hold_whatever_a_value_holds() -> None:

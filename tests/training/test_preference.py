@@ -19,7 +19,7 @@ from app.model import LoadedModel, RewardModel
 from app.scoring import score_plain
 from tests.tiny import LIMITS, picture
 from training.optimisation import Optimisation, rate_share
-from training.preference import bradley_terry_loss, encode_pairs, measure_margins, score_pairs
+from training.preference import PairScores, bradley_terry_loss, encode_pairs, measure_margins, preference_loss, score_pairs
 from training.recipe import Lora
 from training.trainee import add_lora
 
@@ -47,6 +47,19 @@ def test_loss_of_a_hopeless_pair_stays_finite() -> None:
     assert loss.item() == pytest.approx(1e4)
     assert margins.grad is not None
     assert margins.grad.item() == pytest.approx(-1.0)
+
+
+def test_centring_by_hand() -> None:
+    """Scores (3, 1) and (-1, 0): sums 4 and -1, mean square 8.5; a tenth of it comes on top of the pairs' loss."""
+    scores = PairScores(torch.tensor([3.0, -1.0]), torch.tensor([1.0, 0.0]))
+    plain = preference_loss(scores)
+    assert plain.item() == pytest.approx((math.log(1 + math.exp(-2)) + math.log(1 + math.e)) / 2)
+    assert preference_loss(scores, centring=0.1).item() == pytest.approx(plain.item() + 0.85)
+
+
+def test_a_margin_asked_is_taken_off_the_margin() -> None:
+    scores = PairScores(torch.tensor([3.0]), torch.tensor([1.0]))
+    assert preference_loss(scores, asked=torch.tensor([2.0])).item() == pytest.approx(math.log(2))
 
 
 def test_packed_pairs_score_as_captions_by_themselves(encoder: Encoder, loaded: LoadedModel) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from training.pairs import DataInvalid, Pair, read_captions, read_pairs
-from training.prepare import app, prepare, refuse_unless_free
+from training.prepare import _put_back, app, prepare, refuse_unless_free
 from training.sources.pictures import PictureFolder
 from training.sources.prepared import Advance, Prepared, Progress, Split, parse_shares
 from training.sources.report import report_of
@@ -249,3 +249,16 @@ def test_unusable_data_is_one_line_and_exit_code_3(tmp_path: Path, ratings: Path
     last = done.stderr.strip().splitlines()[-1]
     assert last == f"training.prepare: {ratings / 'train.jsonl'}:1: mean must be a number, found str"
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_killed_between_the_renames_loses_nothing(tmp_path: Path) -> None:
+    out, old = tmp_path / "data", tmp_path / ".data.old"
+    old.mkdir()
+    (old / "report.json").write_text("{}")
+    _put_back(out)
+    assert (out / "report.json").exists()
+    assert not old.exists()
+    old.mkdir()
+    _put_back(out)
+    assert not old.exists()
+    assert (out / "report.json").exists()

@@ -18,7 +18,20 @@ from PIL import Image
 from rich.console import Console
 
 from training.controls import LENGTH, SHUFFLED, compared, skipped
-from training.report import CaptionFigures, Coverage, Evaluation, Input, PairFigures, Reliability, as_html, as_json, as_table, write_report
+from training.plots import plot_contests
+from training.report import (
+    AS_SERVED,
+    CaptionFigures,
+    Coverage,
+    Evaluation,
+    Input,
+    PairFigures,
+    Reliability,
+    as_html,
+    as_json,
+    as_table,
+    write_report,
+)
 from training.scorers import Target
 from training.statistics import (
     Bootstrap,
@@ -132,10 +145,34 @@ def test_the_page_is_whole_and_loads_nothing() -> None:
 
 
 def test_what_others_wrote_is_text_on_the_page() -> None:
-    """As target, as pair id, as a reason and as an argument."""
-    text = as_html(evaluation(name=HOSTILE))
+    """As target with all it says of itself, as pair id, as a reason and as an argument."""
+    found = evaluation(name=HOSTILE)
+    target = replace(found.target, kind="server", dtype=HOSTILE, device=HOSTILE, fingerprint=HOSTILE)
+    text = as_html(replace(found, target=target))
     assert "<script" not in text
-    assert Page(text).text.count("<script>alert('x')</script>&\"") >= 4
+    assert Page(text).text.count("<script>alert('x')</script>&\"") >= 7
+
+
+def test_a_contest_may_be_called_anything() -> None:
+    """Dollars would begin a formula."""
+    contests = by_contest([1.0, -1.0], ["$\\bad$", "5$ $_"])
+    assert plot_contests(contests, agreement([1.0, -1.0], ["a", "b"], BOOTSTRAP)).startswith(b"\x89PNG")
+
+
+def test_what_was_ignored_stands_at_the_top() -> None:
+    found = evaluation()
+    assert "ignored" not in Page(as_html(found)).text
+    ignoring = replace(found, arguments={"ignore_images": True, "ignore_prompts": True})
+    assert "12 contests, images and prompts ignored" in Page(as_html(ignoring)).text
+
+
+def test_the_first_calibration_error_is_the_one_that_is_served() -> None:
+    found = evaluation()
+    reliability = found.pairs.reliability
+    served = Reliability(AS_SERVED, 2.5, replace(reliability[0].calibration, expected_error=0.125), 0.5)
+    rows = rows_of(replace(found, pairs=replace(found.pairs, reliability=(*reliability, served))))
+    assert rows["expected calibration error, T = 2.5"][0] == "0.1250"
+    assert "expected calibration error, T = 1" in rows_of(found)
 
 
 def test_the_page_names_what_was_measured() -> None:
@@ -188,11 +225,16 @@ def test_the_same_figures_make_the_same_page() -> None:
     assert as_html(evaluation()) == as_html(evaluation())
 
 
-def test_the_terminal_table_shows_the_first_figures() -> None:
+def rows_of(found: Evaluation) -> dict[str, list[str]]:
+    """The terminal's table by its first column."""
     console = Console(width=100, file=io.StringIO(), record=True)
-    console.print(as_table(evaluation()))
+    console.print(as_table(found))
     lines = console.export_text().splitlines()
-    rows = {parts[0].strip(): [part.strip() for part in parts[1:]] for line in lines if len(parts := line.strip("│┃").split("│")) > 1}
+    return {parts[0].strip(): [part.strip() for part in parts[1:]] for line in lines if len(parts := line.strip("│┃").split("│")) > 1}
+
+
+def test_the_terminal_table_shows_the_first_figures() -> None:
+    rows = rows_of(evaluation())
     assert rows["pairs scored"][0] == "120 of 121"
     assert rows["accuracy, all pairs"][1].count("to") == 1
     assert rows[SHUFFLED][0] == "left out"

@@ -328,7 +328,15 @@ def test_scores_of_another_model_are_no_scores() -> None:
         server.run([Item(None, None, "a")])
 
 
-@pytest.mark.parametrize("card", [{}, {"model": {}}, CARD | {"settings": {}}, CARD | {"runtime": None}])
+HOSTILE_CARDS = [
+    CARD | {"model": CARD["model"] | {"fingerprint": "<script>"}},
+    CARD | {"model": CARD["model"] | {"calibration": {"temperature": "nan"}}},
+    CARD | {"runtime": {"dtype": "bfloat16`", "device": "cpu"}},
+    CARD | {"runtime": {"dtype": "bfloat16", "device": "cpu</p>"}},
+]
+
+
+@pytest.mark.parametrize("card", [{}, {"model": {}}, CARD | {"settings": {}}, CARD | {"runtime": None}, *HOSTILE_CARDS])
 def test_something_else_than_a_punchline_server_is_named(card: dict[str, Any]) -> None:
     with pytest.raises(ApiError, match="not the card of a Punchline server"):
         Scripted(card=card).run([])

@@ -142,6 +142,13 @@ def test_the_difference_is_paired() -> None:
     assert found.interval == Interval(0.0, 0.25)
 
 
+def test_a_tie_of_either_judge_counts_one_half_in_the_difference() -> None:
+    """A judge that is always right against one that always ties: 1 - 1/2. One that ties against itself: nothing."""
+    ahead = difference([1.0, 2.0], [0.0, 0.0], ["a", "b"], BOOTSTRAP)
+    assert (ahead.value, ahead.interval) == (0.5, Interval(0.5, 0.5))
+    assert difference([0.0, 1.0], [0.0, 1.0], ["a", "b"], BOOTSTRAP).value == 0.0
+
+
 def test_contests_come_in_the_order_of_their_numbers() -> None:
     found = by_contest([1.0, -1.0, 0.0, 2.0], ["10", "9", "b", "10"])
     assert [each.contest for each in found] == ["9", "10", "b"]
@@ -149,11 +156,11 @@ def test_contests_come_in_the_order_of_their_numbers() -> None:
 
 
 def test_sigma_buckets_are_closed_below_and_open_above() -> None:
-    """3 and 3.99 are in [3,4), 4 in [4,5), 8 and 1e9 in [8,inf); 2.9 lies below; no gap is a bucket of its own; [5,8) is empty."""
-    gaps = [3.0, 3.99, 4.0, 8.0, 1e9, 2.9, None]
-    found = by_sigma([1.0] * 7, gaps, list("abcdefg"), BOOTSTRAP)
+    """3 and 3.99 are in [3,4), 4 in [4,5), 8 and 1e9 in [8,inf); 2.9 and -2 lie below; no gap is a bucket of its own; [5,8) is empty."""
+    gaps = [3.0, 3.99, 4.0, 8.0, 1e9, 2.9, -2.0, None]
+    found = by_sigma([1.0] * 8, gaps, list("abcdefgh"), BOOTSTRAP)
     assert [(each.name, each.agreement.outcomes.num_pairs) for each in found] == [
-        ("0 to 3", 1),
+        ("below 3", 2),
         ("3 to 4", 2),
         ("4 to 5", 1),
         ("8 and more", 2),

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.training.tiny_run import TinyRun, write_tiny_run
+from training.recipe import RecipeInvalid
 from training.tracking import choose_trackers, forget_after
 from training.train import app, flatten, in_batches, write_whole
 
@@ -53,13 +54,16 @@ def test_a_run_from_the_command_line(tiny: TinyRun, tmp_path: Path) -> None:
         (["x.toml", "--set", 'model.base="./nowhere"'], 3, "./nowhere"),
         (["x.toml", "--data", "nowhere"], 3, "pairs_train.parquet"),
         (["x.toml", "--set", "run.batch_size=64"], 3, "fewer than the 64 of one step"),
+        (["x.toml", "--set", 'lora.targets="no_such_layer"'], 3, "lora.targets"),
+        (["x.toml", "--out", "x.toml"], 4, "File exists"),
     ],
 )
 def test_refusals_are_one_line(tiny: TinyRun, tmp_path: Path, arguments: list[str], code: int, named: str) -> None:
     recipe = write_recipe(tiny, tmp_path / "x.toml")
     given = [str(recipe) if each == "x.toml" else each for each in arguments]
     data = [] if "--data" in given else ["--data", tiny.data]
-    found, told = call(*given, *data, "--out", tmp_path / "run", "--trackers", "none")
+    out = [] if "--out" in given else ["--out", tmp_path / "run"]
+    found, told = call(*given, *data, *out, "--trackers", "none")
     assert found == code
     last = [line for line in told.splitlines() if line.startswith("refused:")]
     assert len(last) == 1
@@ -79,7 +83,9 @@ def test_metrics_of_steps_to_come_are_forgotten(tmp_path: Path) -> None:
 def test_trackers() -> None:
     assert "tensorboard" in choose_trackers("auto")
     assert choose_trackers("none") == []
-    assert choose_trackers("tensorboard,wandb") == ["tensorboard", "wandb"]
+    assert choose_trackers("tensorboard, none") == ["tensorboard"]
+    with pytest.raises(RecipeInvalid, match="tensorbord"):
+        choose_trackers("tensorbord")
 
 
 def test_sections_are_flat_for_trackers() -> None:

@@ -16,8 +16,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
+from app.artifacts import CONFIG_NAME
 from app.errors import PunchlineError
 from training.demo.base import Report
 from training.demo.build import DemoBuilder, Figures
@@ -38,23 +40,39 @@ def main(
     console = Console(stderr=True)
     if keep is not None and keep.exists():
         raise typer.BadParameter(f"{keep} exists already", param_hint="--keep")
-    partial = out.resolve().with_name(f".{out.name}.partial")
+    out = out.resolve()
+    if out.exists() and not (out / CONFIG_NAME).is_file():
+        raise typer.BadParameter(f"{out} is there and holds no {CONFIG_NAME}, so it is not replaced", param_hint="--out")
+    partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     loaded, started = load_world(world), time.monotonic()
     try:
         with _folder(keep) as work:
             figures = DemoBuilder(loaded, load_recipe("demo"), work, _Bars(console), console).build(partial)
     except PunchlineError as error:
-        console.print(f"[red]refused:[/red] {error}", soft_wrap=True, highlight=False)
+        _refuse(console, str(error))
         raise typer.Exit(getattr(error, "exit_code", 3)) from None
     num_bytes = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     Console().print(_table(figures, num_bytes, (time.monotonic() - started) / 60))
     if faults := missed(figures, num_bytes, loaded.bounds):
-        console.print(f"[red]refused:[/red] {'; '.join(faults)}; the attempt lies in {partial}", soft_wrap=True, highlight=False)
+        _refuse(console, f"{'; '.join(faults)}; the attempt lies in {partial}")
         raise typer.Exit(1)
-    shutil.rmtree(out, ignore_errors=True)
+    replace_artifact(out, partial)
+    console.print(f"written to {out}", soft_wrap=True, highlight=False, markup=False)
+
+
+def replace_artifact(out: Path, partial: Path) -> None:
+    """Put a finished artifact where another may be: there is no moment in which both are lost."""
+    aside = out.with_name(f".{out.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if out.exists():
+        out.rename(aside)
     partial.rename(out)
-    console.print(f"written to {out}", soft_wrap=True, highlight=False)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _refuse(console: Console, reason: str) -> None:
+    console.print(Text.assemble(("refused:", "red"), f" {reason}"), soft_wrap=True, highlight=False)
 
 
 def missed(figures: Figures, num_bytes: int, bounds: Bounds) -> list[str]:

@@ -32,7 +32,7 @@ from app.artifacts import (
     write_golden,
 )
 from app.encoding import Encoder, load_encoder
-from app.golden import GoldenInput, make_golden
+from app.golden import GoldenInput, long_prompt, make_golden
 from app.model import RewardModel, load_model
 from app.scoring import score_plain
 from training.demo.base import BaseTrainer, Naming, Report, build_base, round_to_bfloat16
@@ -44,8 +44,9 @@ from training.demo.posing import Posed, write_data
 from training.demo.seeds import stream
 from training.demo.tokenizer import CHAT_TEMPLATE, ImageSizes, save_processor, train_tokenizer
 from training.demo.world import Cartoon, World
-from training.export import export_artifact
-from training.golden import long_prompt, prove, scaled_tolerance, widened_tolerance
+from training.export import export_artifact, open_run
+from training.golden import prove, widened_tolerance
+from training.model_card import CardFacts, write_card
 from training.recipe import Recipe, RecipeInvalid
 from training.train import VALIDATION_TABLE, train
 from training.trainee import OWN_BASE, copy_processor, describe
@@ -145,7 +146,7 @@ class DemoBuilder:
 
     def finish(self, out: Path, naming: Naming, posed: list[Posed]) -> Figures:
         """Examine the artifact as it loads, then add what is the demo's own and seal it again."""
-        opened = open_artifact(str(out), offline=True)
+        opened = open_artifact(str(out.resolve()), offline=True)  # the bare name is that of the bundled one
         encoder, model = load_encoder(opened), load_model(opened, device="cpu", dtype="float32").model
         exam = Examination(encoder, self._work / DATA_NAME, posed, self._world.seed)
         num_trained = count_values(out / ADAPTER_NAME / ADAPTER_WEIGHTS_NAME) + count_values(out / HEAD_NAME)
@@ -156,17 +157,19 @@ class DemoBuilder:
         return figures
 
     def _seal(self, opened: Artifact, encoder: Encoder, model: RewardModel, figures: Figures) -> None:
-        """The shown cartoons replace the export's golden items; world and figures join the provenance."""
+        """The shown cartoons replace the export's golden items, in the card too; world and figures join the provenance."""
         root = opened.root
         shutil.rmtree(root / "golden")
         score = lambda groups: [scores.values for scores in score_plain(model, groups)]  # noqa: E731
-        golden = scaled_tolerance(make_golden(encoder, score, self._golden_inputs(root), root))
+        golden = make_golden(encoder, score, self._golden_inputs(root), root)
         training: dict[str, Any] = {name: value for name, value in opened.config.training.items() if name != "golden_pairs"}
         training["metrics"] |= {"demo": asdict(figures)}
         config = opened.config.model_copy(update={"training": training | {"world": self._world.model_dump(mode="json")}})
         write_golden(root, golden)
         write_config(root, config)
-        write_golden(root, widened_tolerance(golden, prove(root).differences))
+        proof = prove(root)
+        write_golden(root, widened_tolerance(golden, proof.differences))
+        write_card(root, CardFacts(_TITLE, None, opened.config, open_run(self._work / RUN_NAME, None).metrics, None, proof))
         write_config(root, config)
         open_artifact(str(root), offline=True)
 

@@ -18,6 +18,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from app.errors import PunchlineError
 from training.batches import plan_epoch
@@ -69,7 +70,7 @@ def main(
             copy_pairs(work / DATA_NAME, data, num_pairs, pairs_per_picture=max(SIZES))
             settings = [measure(work / OWN_BASE, data, size, steps, range(seeds), console) for size in SIZES]
     except PunchlineError as error:
-        console.print(f"[red]refused:[/red] {error}", soft_wrap=True, highlight=False)
+        console.print(Text.assemble(("refused:", "red"), f" {error}"), soft_wrap=True, highlight=False)
         raise typer.Exit(getattr(error, "exit_code", 3)) from None
     Console().print(as_table(settings, num_pairs))
 
