@@ -51,7 +51,7 @@ def write_recipe(tiny: TinyRun, path: Path, num_steps: int = NUM_STEPS) -> Path:
         model = {{ base = "{tiny.base}", dtype = "float32" }}
         lora = {{ r = 4, alpha = 8.0, dropout = 0.1 }}
         data = {{ pairs_per_image = 2 }}
-        optimiser = {{ learning_rate = 1e-3, schedule = "cosine", num_warmup_steps = 3 }}
+        optimiser = {{ learning_rate = 1e-3, schedule = "cosine", num_warmup_steps = 2 }}
         run = {{ seed = 3, batch_size = 4, num_accumulated = 2, max_steps = {num_steps}, save_every = 1, validate_every = 7 }}
         """
     )
