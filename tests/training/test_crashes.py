@@ -95,7 +95,7 @@ def killed_and_resumed(tiny: TinyRun, root: Path, num_kills: int) -> int:
     num_met = 0
     for _ in range(num_kills):
         process = start(command(tiny, cut, recipe, "--resume"))
-        kill_soon(process, cut, rng.randint(0, max(1, NUM_STEPS // num_kills)), rng.uniform(0, 0.03))
+        kill_soon(process, cut, rng.randint(0, NUM_STEPS // (2 * num_kills)), rng.uniform(0, 0.03))
         num_met += process.returncode == -signal.SIGKILL
     finish(start(command(tiny, cut, recipe, "--resume")))
     assert losses_of(cut) == losses_of(root / "whole")
