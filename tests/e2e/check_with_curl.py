@@ -23,7 +23,7 @@ def curl(url: str, *arguments: str) -> dict:
 
 def check_score(url: str, item: GoldenItem) -> None:
     captions = [part for caption in item.captions for part in ("--form-string", f"caption={caption}")]
-    answer = curl(f"{url}/score", "-F", f"image=@{DEMO_PATH / str(item.image)}", *captions)
+    answer = curl(f"{url}/score", *shared(item), *captions)
     worst = max(abs(found - expected) for found, expected in zip(answer["scores"], item.scores, strict=True))
     print(f"/score   {item.image}: {len(item.scores)} scores, largest difference {worst:.1e}")
     if worst > TOLERANCE:
@@ -33,12 +33,17 @@ def check_score(url: str, item: GoldenItem) -> None:
 def check_compare(url: str, item: GoldenItem) -> None:
     """The two best: close enough that a wrong probability shows."""
     (second, runner_up), (best, winner) = sorted(pairs(item))[-2:]
-    form = ("-F", f"image=@{DEMO_PATH / str(item.image)}", "--form-string", f"a={runner_up}", "--form-string", f"b={winner}")
-    answer = curl(f"{url}/compare", *form)
+    answer = curl(f"{url}/compare", *shared(item), "--form-string", f"a={runner_up}", "--form-string", f"b={winner}")
     expected = 1 / (1 + math.exp(best - second))
     print(f"/compare {item.image}: preferred {answer['preferred']}, probability_a {answer['probability_a']:.4f}, expected {expected:.4f}")
     if answer["preferred"] != "b" or abs(answer["probability_a"] - expected) > TOLERANCE:
         raise SystemExit(f"wrong comparison: {answer}")
+
+
+def shared(item: GoldenItem) -> tuple[str, ...]:
+    """The picture, and the prompt if the item has one."""
+    prompt = () if item.prompt is None else ("--form-string", f"prompt={item.prompt}")
+    return ("-F", f"image=@{DEMO_PATH / str(item.image)}", *prompt)
 
 
 def pairs(item: GoldenItem) -> list[tuple[float, str]]:
