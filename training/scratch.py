@@ -53,7 +53,7 @@ def main(
     try:
         model = write_base(read_base(base), [row.caption for row in read_captions(captions)], out)
     except (RecipeInvalid, DataInvalid) as error:
-        console.print(f"[red]refused:[/red] {error}", soft_wrap=True, highlight=False)
+        console.print(f"refused: {error}", soft_wrap=True, highlight=False, markup=False)  # a path may hold brackets
         raise typer.Exit(3) from None
     console.print(f"{out}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
 
