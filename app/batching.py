@@ -1,7 +1,7 @@
-"""Admission, the batch loop, the one device thread, and draining. Knows neither HTTP nor torch.
+"""Admission, the two threads of the batch loop, and draining. Knows neither HTTP nor torch; `dispatch` decides.
 
-No linger timer: as soon as the device is free it takes what waits, and the next batch gathers meanwhile. Every job that is
-submitted ends in scores or an error, whatever dies.
+No linger timer: as soon as the device is free it takes what waits, and the next batch gathers meanwhile. The device never waits
+for the event loop. Every job that is submitted ends in scores or an error, whatever dies.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from app.contracts import EncodedGroup, Job, Scorer, Scores
-from app.errors import ApiError, DeadlineExceeded, Draining, NonfiniteScore, Overloaded, ScoringFailed, TooManyTokens
+from app.dispatch import Answer, Batch, Dispatch, Outcome
+from app.errors import ApiError, DeadlineExceeded, Draining, NonfiniteScore, OutOfMemory, Overloaded, ScoringFailed, TooManyTokens
 from app.metrics import Metrics
-from app.planning import plan_batch
 
 log = logging.getLogger("punchline.batching")
 _MAX_RETRY_AFTER_S = 30
-Outcome = Scores | ApiError
 
 
 class Admission:
@@ -108,8 +107,26 @@ class Reservation:
             self._open = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A batch that came through the device: what became of it and what it took."""
+
+    batch: Batch
+    seconds: float
+    results: Sequence[Scores] = ()  # none when it failed as a whole
+    outcomes: Sequence[Outcome] = ()
+
+    @property
+    def num_nonfinite(self) -> int:
+        refused = [scores for scores, outcome in zip(self.results, self.outcomes, strict=True) if isinstance(outcome, NonfiniteScore)]
+        return sum(not math.isfinite(value) for scores in refused for value in scores.values)
+
+
 class Batcher:
-    """Runs waiting jobs through the scorer, batch after batch, on one thread of its own."""
+    """Runs waiting jobs through the scorer, batch after batch: one thread makes ready, another owns the device.
+
+    Both wait on conditions of one lock, which guards `_dispatch` and what is told; futures are set on the event loop only.
+    """
 
     def __init__(
         self,
@@ -121,155 +138,222 @@ class Batcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scorer = scorer
-        self._max_batch_tokens = max_batch_tokens
         self._admission = admission
         self._metrics = metrics
         self._clock = clock
-        self._waiting: list[Job] = []
-        self._running: tuple[Job, ...] = ()
-        self._arrival = asyncio.Event()
+        self._dispatch = Dispatch(max_batch_tokens)
+        self._lock = threading.Lock()
+        self._to_prepare = threading.Condition(self._lock)
+        self._to_run = threading.Condition(self._lock)
+        self._loop: asyncio.AbstractEventLoop | None = None  # while the threads live
+        self._num_told = 0  # answers on their way to the event loop
         self._idle = asyncio.Event()
         self._idle.set()
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self._loop: asyncio.Task[None] | None = None
+        self._will_wake = False
         self._closed = False
         metrics.queue_oldest_age.set_function(self._oldest_age_s)
 
     async def __aenter__(self) -> Self:
-        self._loop = asyncio.create_task(self._run(), name="batch loop")
-        self._loop.add_done_callback(self._fail_pending)
+        self._loop = asyncio.get_running_loop()
+        for name, step in (("prepare", self._prepare_next), ("device", self._run_next)):
+            threading.Thread(target=self._live, args=(step,), name=name).start()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Drain: take nothing new, finish what was taken, stop the thread. Cancelled meanwhile, it fails what is left."""
+        """Drain: take nothing new, finish what was taken, stop the threads. Cancelled meanwhile, it fails what is left.
+
+        A forward that still runs does not block the event loop: its thread ends behind it, and nobody hears of its scores.
+        """
         self._closed = True
         try:
             if self.alive:
                 await self._idle.wait()
         finally:
-            await self._stop()
-
-    async def _stop(self) -> None:
-        if self._loop is not None:
-            self._loop.cancel()
-            await asyncio.gather(self._loop, return_exceptions=True)
-        self._device.shutdown(wait=False, cancel_futures=True)  # a forward still running must not block the event loop
+            with self._lock:
+                left = self._end()
+            self._refuse(left, lambda: Draining("the server stopped", retry_after_s=5))
 
     @property
     def alive(self) -> bool:
-        return self._loop is not None and not self._loop.done()
+        return self._loop is not None
 
     def submit(self, group: EncodedGroup, deadline: float) -> Job:
-        """Queue a group; its `future` gets scores or an ApiError. Raises Draining, ScoringFailed when the loop is dead."""
+        """Queue a group; its `future` gets scores or an ApiError. Raises Draining, ScoringFailed when a thread is dead."""
         if self._closed:
             raise Draining("the server is stopping", retry_after_s=5)
-        if not self.alive:
-            raise ScoringFailed("the batch loop is not running")
-        job = Job(group, asyncio.get_running_loop().create_future(), deadline, self._clock())
-        self._waiting.append(job)
+        loop = asyncio.get_running_loop()
+        job = Job(group, loop.create_future(), deadline, self._clock())
+        with self._lock:
+            if not self.alive:
+                raise ScoringFailed("the batch loop is not running")
+            self._dispatch.add(job)
         self._idle.clear()
-        self._arrival.set()
+        if not self._will_wake:  # at the end of this turn of the event loop: what is submitted together goes together
+            self._will_wake = True
+            loop.call_soon(self._wake)
         return job
 
-    async def _run(self) -> None:
-        while True:
-            await self._arrival.wait()
-            self._arrival.clear()
-            while batch := self._next_batch():
-                await self._execute(batch)
-            self._idle.set()
+    def _wake(self) -> None:
+        self._will_wake = False
+        with self._lock:
+            self._notify()
 
-    def _next_batch(self) -> tuple[Job, ...]:
-        plan = plan_batch(self._waiting, self._max_batch_tokens, self._clock())
-        self._waiting = list(plan.waiting)
-        for job in plan.expired:
-            job.future.set_exception(DeadlineExceeded("the deadline passed while waiting for the device"))
-        self._running = plan.batch
-        return plan.batch
-
-    async def _execute(self, batch: tuple[Job, ...]) -> None:
-        began = self._clock()
-        for job in batch:
-            job.started = began
-        groups = [job.group for job in batch]
-        outcomes = await asyncio.get_running_loop().run_in_executor(self._device, self._on_device, groups)
-        ended = self._clock()
-        for job, outcome in zip(batch, outcomes, strict=True):
-            job.finished = ended
-            self._resolve(job, outcome)
-        self._running = ()
-        self._measure(batch, outcomes, ended - began)
-
-    def _on_device(self, groups: list[EncodedGroup]) -> list[Outcome]:
-        """On the device thread. What ends the loop leaves as RuntimeError: SystemExit or a cancellation would stop more than it."""
+    def _live(self, step: Callable[[], bool]) -> None:
+        """A thread's whole life. Whatever ends it ends the loop, and nothing else: SystemExit included."""
         try:
-            return self._score(groups)
+            while step():
+                pass
         except BaseException as error:
-            raise RuntimeError(f"the device thread met {type(error).__name__}") from error
+            log.critical("the %s thread of the batch loop died", threading.current_thread().name, exc_info=error)
+            with self._lock:
+                if self._loop is not None:
+                    self._loop.call_soon_threadsafe(self._refuse, self._end(), lambda: ScoringFailed("the batch loop died"))
 
-    def _score(self, groups: list[EncodedGroup]) -> list[Outcome]:
-        """A batch that fails is halved until the group at fault is alone."""
+    def _prepare_next(self) -> bool:
+        batch = self._next_to_prepare()
+        if batch is None:
+            return False
         try:
-            outcomes = self._checked(groups, self._scorer.score(groups))
-            self._metrics.batches.labels("ok").inc()
-            return outcomes
+            prepared = self._scorer.prepare(batch.groups)
         except Exception as error:
-            if len(groups) == 1:
-                log.exception("scoring failed for a group of %d captions", len(groups[0].rows))
-                self._metrics.batches.labels("failed").inc()
-                return [error if isinstance(error, ApiError) else ScoringFailed("the forward pass failed")]
-            log.warning("a batch of %d groups failed (%s); splitting it", len(groups), type(error).__name__)
-        self._metrics.batches.labels("split").inc()
-        half = len(groups) // 2
-        return self._score(groups[:half]) + self._score(groups[half:])
+            self._fail(batch, error)
+            return True
+        with self._lock:
+            self._dispatch.ready(prepared)
+            self._notify()
+        return True
 
-    def _checked(self, groups: Sequence[EncodedGroup], results: Sequence[Scores]) -> list[Outcome]:
-        """Scores of the right number, all finite, or the error in their place."""
-        if len(results) != len(groups):
-            raise ScoringFailed(f"{len(groups)} groups went in, {len(results)} came out", code="internal_shape")
-        return [self._outcome(len(group.rows), scores) for group, scores in zip(groups, results, strict=True)]
+    def _next_to_prepare(self) -> Batch | None:
+        with self._lock:
+            while self._loop is not None:
+                if self._dispatch.wants_plan:
+                    planned = self._dispatch.plan(self._clock())
+                    if planned.answers or planned.batch is None:
+                        self._tell(planned.answers)
+                    if planned.batch is not None:
+                        return planned.batch
+                else:
+                    self._to_prepare.wait()
+        return None
 
-    def _outcome(self, num_rows: int, scores: Scores) -> Outcome:
-        if len(scores.values) != num_rows:
-            return ScoringFailed("the model returned a wrong number of scores", code="internal_shape")
-        num_nonfinite = sum(not math.isfinite(value) for value in scores.values)
-        if num_nonfinite:
-            self._metrics.nonfinite.inc(num_nonfinite)
-            return NonfiniteScore("the model returned a score that is not finite")
-        return scores
+    def _run_next(self) -> bool:
+        work = self._next_to_run()
+        if work is None:
+            return False
+        batch, prepared = work
+        began = self._clock()
+        try:
+            results = self._scorer.score(prepared)
+            outcomes = batch.check(results)
+        except Exception as error:
+            self._fail(batch, error, began)
+            return True
+        seconds = self._busy_since(began)
+        with self._lock:
+            self._tell(self._dispatch.succeed(batch, outcomes, began + seconds), _Pass(batch, seconds, results, outcomes))
+        return True
 
-    def _resolve(self, job: Job, outcome: Outcome) -> None:
-        if job.future.done():  # its caller has gone
-            return
-        if isinstance(outcome, ApiError):
-            job.future.set_exception(outcome)
+    def _next_to_run(self) -> tuple[Batch, Any] | None:
+        with self._lock:
+            while self._loop is not None:
+                work = self._dispatch.start(self._clock())
+                if work is not None:
+                    self._notify()
+                    return work
+                self._to_run.wait()
+        return None
+
+    def _fail(self, batch: Batch, error: Exception, began: float | None = None) -> None:
+        """A batch failed while it was made ready, or on the device since `began`."""
+        self._count(batch, error)
+        seconds = 0.0 if began is None else self._busy_since(began)
+        now = self._clock()
+        with self._lock:
+            self._tell(self._dispatch.fail(batch, error, now), _Pass(batch, seconds) if began is not None else None)
+
+    def _count(self, batch: Batch, error: Exception) -> None:
+        if isinstance(error, OutOfMemory):
+            self._metrics.out_of_memory.inc()
+        if batch.can_halve(error):
+            log.warning("a batch of %d groups failed (%s); splitting it", len(batch.pieces), type(error).__name__)
+            self._metrics.batches.labels("split").inc()
         else:
-            job.future.set_result(outcome)
+            log.error("scoring failed for a group of %d captions", len(batch.pieces[0].group.rows), exc_info=error)
+            self._metrics.batches.labels("failed").inc()
 
-    def _measure(self, batch: Sequence[Job], outcomes: Sequence[Outcome], seconds: float) -> None:
-        scored = [outcome for outcome in outcomes if isinstance(outcome, Scores)]
+    def _busy_since(self, began: float) -> float:
+        seconds = self._clock() - began
+        self._metrics.device_busy.inc(seconds)
+        return seconds
+
+    def _tell(self, answers: Sequence[Answer], ran: _Pass | None = None) -> None:
+        """Under the lock, after each step: wake who can go on, send the event loop what it has to know."""
+        self._notify()
+        if self._loop is not None:
+            self._num_told += 1
+            self._loop.call_soon_threadsafe(self._deliver, answers, ran)
+
+    def _notify(self) -> None:
+        """Under the lock, after anything changed."""
+        if self._dispatch.wants_plan:
+            self._to_prepare.notify()
+        if self._dispatch.wants_start:
+            self._to_run.notify()
+
+    def _end(self) -> list[Job]:
+        """Under the lock: both threads end as soon as they are free. Returns the jobs that have no answer yet."""
+        self._loop = None
+        self._to_prepare.notify()
+        self._to_run.notify()
+        return self._dispatch.close()
+
+    def _deliver(self, answers: Sequence[Answer], ran: _Pass | None) -> None:
+        """On the event loop."""
+        for answer in answers:
+            _resolve(answer.job, answer.outcome)
+        with self._lock:
+            self._num_told -= 1
+            is_idle = self._dispatch.is_idle and not self._num_told
+        if is_idle:
+            self._idle.set()
+        for answer in answers:
+            if answer.job.started:
+                self._metrics.stage_duration.labels("queue").observe(answer.job.started - answer.job.arrived)
+        if ran is not None:
+            self._metrics.stage_duration.labels("forward").observe(ran.seconds)
+            if ran.outcomes:
+                self._measure(ran)
+
+    def _measure(self, ran: _Pass) -> None:
+        scored = [outcome for outcome in ran.outcomes if isinstance(outcome, Scores)]
         computed = sum(outcome.num_computed_tokens for outcome in scored)
-        self._metrics.batch_items.observe(sum(job.num_items for job in batch))
+        self._metrics.batches.labels("ok").inc()
+        self._metrics.batch_items.observe(sum(len(piece.group.rows) for piece in ran.batch.pieces))
         self._metrics.batch_tokens.observe(computed)
         self._metrics.tokens.labels("computed").inc(computed)
+        self._metrics.tokens.labels("cached").inc(sum(outcome.num_cached_tokens for outcome in scored))
         self._metrics.tokens.labels("requested").inc(sum(outcome.num_tokens for outcome in scored))
-        self._metrics.stage_duration.labels("forward").observe(seconds)
-        for job in batch:
-            self._metrics.stage_duration.labels("queue").observe(job.started - job.arrived)
-        if seconds > 0 and computed:
+        self._metrics.nonfinite.inc(ran.num_nonfinite)
+        if ran.seconds > 0 and computed:
             old = self._admission.tokens_per_s
-            self._admission.tokens_per_s = 0.8 * old + 0.2 * computed / seconds if old else computed / seconds
+            self._admission.tokens_per_s = 0.8 * old + 0.2 * computed / ran.seconds if old else computed / ran.seconds
 
-    def _fail_pending(self, loop: asyncio.Task[None]) -> None:
-        """The loop has ended: nobody may wait for ever."""
-        died = not loop.cancelled()
-        if died:
-            log.critical("the batch loop died", exc_info=loop.exception())
-        for job in (*self._running, *self._waiting):
-            self._resolve(job, ScoringFailed("the batch loop died") if died else Draining("the server stopped", retry_after_s=5))
-        self._waiting, self._running = [], ()
+    def _refuse(self, jobs: Sequence[Job], make_error: Callable[[], ApiError]) -> None:
+        """On the event loop, when the threads have ended: nobody may wait for ever."""
+        for job in jobs:
+            _resolve(job, make_error())
         self._idle.set()
 
     def _oldest_age_s(self) -> float:
         now = self._clock()
-        return now - min((job.arrived for job in self._waiting if not job.future.done()), default=now)
+        with self._lock:
+            return now - min((job.arrived for job in self._dispatch.not_started), default=now)
+
+
+def _resolve(job: Job, outcome: Outcome) -> None:
+    if job.future.done():  # its caller has gone
+        return
+    if isinstance(outcome, ApiError):
+        job.future.set_exception(outcome)
+    else:
+        job.future.set_result(outcome)

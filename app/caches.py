@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -10,6 +11,7 @@ from cachetools import LRUCache
 
 from app.metrics import Metrics
 
+log = logging.getLogger("punchline.caches")
 _Value = TypeVar("_Value")
 _NUM_MAKERS = 64  # locks; keys that share one only wait for each other
 
@@ -56,3 +58,27 @@ class ByteBoundedCache(Generic[_Value]):
     def _cost(self, value: _Value) -> int:
         """No value is free, so that their number is bounded too."""
         return max(1, self._num_bytes(value))
+
+
+class Audit:
+    """Doubts every n-th hit of one cache (0: none), and counts what was not as it should be. Safe across threads."""
+
+    def __init__(self, cache: str, every: int, metrics: Metrics) -> None:
+        self._cache = cache
+        self._every = every
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._num_hits = 0
+
+    def is_due(self) -> bool:
+        """Whether this hit shall be computed again and compared."""
+        with self._lock:
+            self._num_hits += 1
+            return self._every > 0 and self._num_hits % self._every == 0
+
+    def record(self, *, agrees: bool, what: str = "not what is computed now") -> None:
+        """The result of a comparison."""
+        self._metrics.cache_audits.labels(self._cache).inc()
+        if not agrees:
+            self._metrics.cache_audit_mismatches.labels(self._cache).inc()
+            log.error("an entry of the cache of %s is wrong: %s", self._cache, what)

@@ -1,4 +1,4 @@
-"""The command line: serve, score, compare, info, selftest, convert. Tables for people, `--json` for programs."""
+"""The command line: serve, score, compare, info, selftest, convert, bench. Tables for people, `--json` for programs."""
 
 from __future__ import annotations
 
@@ -207,6 +207,36 @@ def convert(
         inputs = read_inputs(golden) if golden else []
         run(source, target, base_model=base_model, inputs=inputs, offline=offline, progress=status.update)
     out.print(f"wrote {target}; check it with: punchline selftest --model {target}", markup=False)
+
+
+@app.command()
+def bench(
+    geometry: Annotated[
+        Literal["qwen2.5-vl-3b", "qwen2.5-vl-7b"] | None, typer.Option(help="Measure random weights in these shapes, no download.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Text layers, if not all.")] = None,
+    vision_layers: Annotated[int | None, typer.Option(min=1, help="Vision layers, if not all.")] = None,
+    artifact: Annotated[str | None, typer.Option(help="Measure this artifact, named as for serve; else the demo.")] = None,
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="Number format, as for serve.")] = "auto",
+    groups: Annotated[str, typer.Option(help="Captions in a group, with commas.")] = "1,8,16",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every way; with --noise, groups.")] = 3,
+    concurrency: Annotated[str, typer.Option(help="Clients at once, with commas; empty: no load.")] = "1,4,16,64",
+    as_json: Json = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw captions a second into this .png or .svg.")] = None,
+    noise: Annotated[
+        bool, typer.Option("--noise", help="Measure how scores move with their company instead, and what determinism costs.")
+    ] = False,
+    work: Annotated[Path | None, typer.Option(help="Keep the random artifact here for the next run.")] = None,
+) -> None:
+    """Measure every way to score a group on this machine, checked against the plain way; exit code 1 when scores disagree."""
+    _log_to_stderr("warning")
+    _quiet_libraries()
+    from app.bench.command import Options
+    from app.bench.command import bench as run
+
+    options = Options(geometry, layers, vision_layers, artifact, dtype, groups, rounds, concurrency, as_json, plot, noise, work)
+    if code := run(options):
+        sys.exit(code)
 
 
 @app.callback(invoke_without_command=True)

@@ -64,8 +64,10 @@ class EncodedGroup:
     key: tuple[str, bytes]  # (image id, prompt digest): groups with equal keys may share their prefix
     image: EncodedImage | None
     rows: tuple[Ids, ...]  # one [length] array a caption, image placeholders expanded
-    num_prefix: int  # leading ids that any caption of this image and prompt begins with
+    num_prefix: int  # leading ids that all rows share with any other caption of this image and prompt
     truncated_prompt: bool = False
+    row_prefixes: tuple[int, ...] = ()  # the same for each row by itself, whatever its company; empty: all `num_prefix`
+    fresh: bool = False  # compute it whatever is kept from earlier batches, and keep nothing of it
 
     @property
     def num_tokens(self) -> int:
@@ -80,6 +82,7 @@ class Scores:
     values: tuple[float, ...]
     num_tokens: int  # tokens of the separate forwards this replaces
     num_computed_tokens: int  # tokens this group added to the batch
+    num_cached_tokens: int = 0  # tokens that were not computed because an earlier batch had
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +101,15 @@ class Explanation:
 
 
 class Scorer(Protocol):
-    """Scores encoded groups. Called from one thread only; may raise; may return NaN, which the caller refuses."""
+    """Scores encoded groups in two steps, so that the host prepares a batch while the device works on the one before.
 
-    def score(self, groups: Sequence[EncodedGroup]) -> list[Scores]: ...
+    `prepare` looks at nothing but its argument and is called from one thread, `score` from another; both may raise. Scores
+    may be NaN, which the caller refuses. `OutOfMemory` asks the caller for smaller batches.
+    """
+
+    def prepare(self, groups: Sequence[EncodedGroup]) -> Any: ...
+
+    def score(self, prepared: Any) -> list[Scores]: ...
 
 
 class GroupEncoder(Protocol):

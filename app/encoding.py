@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +28,9 @@ _Part = TypeVar("_Part")
 TEXT_ONLY_FAMILIES = ("qwen2",)  # model types of bases without a vision tower
 _SLOTS = ("{prompt}", "{caption}")
 _SLOT = "\ue000slot\ue000"  # private use: no template contains it
+_ANY_CAPTION = "The"  # stands for all: what it shares with no caption at all is the prefix
 _SEAM = 4  # tokens that joining two texts may add to the sum of theirs
+_MAX_PROMPTS = 256  # whose truncation is remembered
 _NUM_BYTES = 256  # byte-level tokenizers have a token for each
 _NFC_GROWTH = 3  # the most that composing may lengthen UTF-8 (UAX 15); the tokenizer composes
 
@@ -56,6 +59,7 @@ class Encoder:
         self._image_token_id = image_token_id
         self._frame, self._template = _frame(config, tokenizer, with_image=self.takes_images)
         self._prompt_first = config.template.index("{prompt}") < config.template.index("{caption}")
+        self._fit_prompt = lru_cache(_MAX_PROMPTS)(self._cut_prompt)  # prompts come again and again
         self._num_lead, self._num_between, self._num_trail = self._template_tokens()
         if image_token_id is not None and self._frame.lead_ids.count(image_token_id) != 1:
             raise ArtifactInvalid("the chat template does not place exactly one image before the text")
@@ -86,6 +90,18 @@ class Encoder:
         each = self._num_trail + (0 if self._prompt_first else middle)
         return shared + sum(each + _max_tokens(caption, self._config.max_caption_tokens) for caption in captions)
 
+    @property
+    def max_row_tokens(self) -> int:
+        """The most tokens one caption with its prompt and image can have."""
+        config = self._config
+        image = (
+            self._processor.size["longest_edge"] // (self._processor.patch_size * self._processor.merge_size) ** 2
+            if self.takes_images
+            else 0
+        )
+        frame = self._num_lead + self._num_between + self._num_trail
+        return int(frame + image + config.max_prompt_tokens + config.max_caption_tokens)
+
     def encode_image(self, image: RgbImage) -> EncodedImage:
         """Shrink by the artifact's recipe, then the published image processor (PIL backend, same pixels everywhere)."""
         recipe = self._config.image
@@ -109,10 +125,12 @@ class Encoder:
         texts = [self.text(prompt, caption) for caption, error in zip(group.captions, errors, strict=True) if error is None]
         if not texts:
             return None, errors
-        *rows, probe = self._rows([*texts, self.text(prompt, "")], group.image)
+        *rows, without, with_one = self._rows([*texts, self.text(prompt, ""), self.text(prompt, _ANY_CAPTION)], group.image)
         digest = hashlib.sha256(prompt.encode()).digest()
         key = (group.image.image_id if group.image else "", digest)
-        return EncodedGroup(key, group.image, tuple(rows), num_shared([*rows, probe]), truncated), errors
+        common = without[: num_shared([without, with_one])]
+        own = tuple(_num_leading(row, common) for row in rows)
+        return EncodedGroup(key, group.image, tuple(rows), min(own), truncated, own), errors
 
     def explain(self, pieces: Sequence[EncodedGroup]) -> Explanation:
         """The chat of every caption as the model sees it, decoded from its ids."""
@@ -139,7 +157,7 @@ class Encoder:
         between, _, after = rest.partition("{caption}")
         return f"{head}{prompt}{between}{caption}{after}"
 
-    def _fit_prompt(self, prompt: str | None) -> tuple[str, bool]:
+    def _cut_prompt(self, prompt: str | None) -> tuple[str, bool]:
         """The recipe's truncation: encode, cut, decode."""
         text = self._config.default_prompt if prompt is None else prompt
         if not _is_unicode(text):
@@ -151,9 +169,17 @@ class Encoder:
     def _caption_errors(self, prompt: str, captions: Sequence[str]) -> list[ApiError | None]:
         valid = [_is_unicode(caption) for caption in captions]
         texts = [caption if fine else "" for caption, fine in zip(captions, valid, strict=True)]
-        lengths = [len(row.ids) for row in self._plain.encode_batch(texts, add_special_tokens=False)]
+        lengths = self._lengths(texts, self._config.max_caption_tokens)
         empty = [self._frame.is_empty and not self.text(prompt, text) for text in texts]
         return [self._caption_error(*found) for found in zip(range(len(texts)), valid, lengths, empty, strict=True)]
+
+    def _lengths(self, texts: Sequence[str], limit: int) -> list[int]:
+        """Tokens of each text by itself; of one that has no room to exceed the limit, an upper bound will do."""
+        bounds = [_most_tokens(text) for text in texts]
+        long = [index for index, bound in enumerate(bounds) if bound > limit]
+        for index, row in zip(long, self._plain.encode_batch([texts[index] for index in long], add_special_tokens=False), strict=True):
+            bounds[index] = len(row.ids)
+        return bounds
 
     def _caption_error(self, index: int, valid: bool, length: int, empty: bool) -> ApiError | None:
         limit = self._config.max_caption_tokens
@@ -214,6 +240,13 @@ def num_shared(rows: Sequence[Ids]) -> int:
     return limit
 
 
+def _num_leading(row: Ids, common: Ids) -> int:
+    """How many leading ids a row has in common with the prefix; at least one stays its own."""
+    length = min(len(row) - 1, len(common))
+    differs = np.flatnonzero(row[:length] != common[:length])
+    return int(differs[0]) if len(differs) else length
+
+
 def positions(row: Ids, image: EncodedImage | None, image_token_id: int | None, merge_size: int) -> Ids:
     """Three-axis rotary positions of one whole sequence: [3, length] (time, height, width).
 
@@ -241,9 +274,13 @@ def _is_unicode(text: str) -> bool:
 
 
 def _max_tokens(text: str, limit: int) -> int:
-    """No text has more tokens than bytes, and longer ones are cut or refused."""
-    size = len(text) if text.isascii() else _NFC_GROWTH * len(text.encode("utf-8", "replace"))
-    return min(size, limit)
+    """Longer texts are cut or refused."""
+    return min(_most_tokens(text), limit)
+
+
+def _most_tokens(text: str) -> int:
+    """No text has more tokens than bytes, composed as the tokenizer does it."""
+    return len(text) if text.isascii() else _NFC_GROWTH * len(text.encode("utf-8", "replace"))
 
 
 def _read(what: str, path: Path, load: Callable[[], _Part]) -> _Part:

@@ -4,6 +4,7 @@ PunchlineError
 ├── StartRefused                    the process must not start: exit code 3, one line
 │   ├── SettingsInvalid
 │   └── ArtifactInvalid
+├── OutOfMemory                     the device could not hold a batch: the batcher halves it; no answer to a client
 └── ApiError                        becomes the one error shape of the API
     ├── RequestError                4xx: sending the same again cannot help
     │   ├── InvalidJson             400   ├── BodyTooLarge           413
@@ -43,6 +44,13 @@ class SettingsInvalid(StartRefused):
 
 class ArtifactInvalid(StartRefused):
     """A model file is missing, wrong, or does not fit the others."""
+
+
+class OutOfMemory(PunchlineError):
+    """A scorer ran out of memory and kept nothing of the batch; smaller ones may fit.
+
+    A caption that does not fit alone ends in ScoringFailed with the code `out_of_memory`.
+    """
 
 
 class ApiError(PunchlineError):

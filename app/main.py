@@ -13,19 +13,27 @@ import torch
 from app import __version__
 from app.artifacts import Artifact, open_artifact
 from app.batching import Admission, Batcher
+from app.budgets import Budgets, share_out
 from app.caches import ByteBoundedCache
 from app.contracts import EncodedImage
 from app.encoding import Encoder, load_encoder
-from app.errors import ApiError, ArtifactInvalid
+from app.engine import Engine
+from app.errors import ApiError, ArtifactInvalid, OutOfMemory, SettingsInvalid
+from app.golden import GOLDEN_TOLERANCE
+from app.hardware import Hardware, find_hardware
 from app.images import ImageLimits
+from app.machine import available_bytes, keep_freed_memory, num_processors
 from app.metrics import Metrics
 from app.model import LoadedModel, load_model
-from app.scoring import SharedPrefixScorer
+from app.reuse import Caches, KeptPrefix, ReusingScorer
 from app.selftest import SelfTest, SelfTestReport
 from app.service import ScoringService
 from app.settings import Settings
 
 log = logging.getLogger("punchline")
+TensorScorer = ReusingScorer[torch.Tensor, torch.Tensor]
+_PRACTICE_TOKENS, _MIN_PRACTICE_TOKENS = 1024, 64  # of the batch that is measured on a CPU, where the whole would take a minute
+_SCORE_BYTES = 400  # a score, its key and their places in the cache
 
 
 @dataclass(slots=True)
@@ -35,6 +43,10 @@ class Runtime:
     settings: Settings
     artifact: Artifact
     loaded: LoadedModel
+    engine: Engine
+    scorer: TensorScorer
+    budgets: Budgets
+    hardware: Hardware
     service: ScoringService
     batcher: Batcher
     selftest: SelfTest
@@ -56,8 +68,7 @@ async def running(settings: Settings) -> AsyncIterator[Runtime]:
         log.warning("%s says little about itself; assumed: %s", artifact.root, ", ".join(artifact.assumed))
     if artifact.config.description:
         log.info("%s", artifact.config.description)
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
+    torch.set_num_threads(settings.num_threads or num_processors())
     encoder = load_encoder(artifact)  # before the weights: a broken processor is refused at once
     loaded = load_model(artifact, device=settings.device, dtype=settings.dtype, lora=settings.lora)
     async with AsyncExitStack() as stack:
@@ -70,15 +81,14 @@ async def running(settings: Settings) -> AsyncIterator[Runtime]:
 async def _assemble(settings: Settings, artifact: Artifact, encoder: Encoder, loaded: LoadedModel, stack: AsyncExitStack) -> Runtime:
     metrics = Metrics()
     metrics.model_info.labels(loaded.fingerprint, artifact.config.base_model_name, loaded.dtype, loaded.device, __version__).set(1)
+    engine = Engine(loaded.model)
+    keep_freed_memory()  # not before: what loading frees goes back to the machine
+    budgets = measured_budgets(settings, engine, encoder, torch.device(loaded.device))
+    scorer = build_scorer(settings, engine, budgets, loaded, metrics)
     admission = Admission(max_items=settings.max_queue_items, max_tokens=settings.max_queue_tokens, metrics=metrics)
     pool = stack.enter_context(ThreadPoolExecutor(settings.num_encode_threads, thread_name_prefix="encode"))
     batcher = await stack.enter_async_context(
-        Batcher(
-            SharedPrefixScorer(loaded.model),
-            max_batch_tokens=settings.max_batch_tokens,
-            admission=admission,
-            metrics=metrics,
-        )
+        Batcher(scorer, max_batch_tokens=budgets.max_batch_tokens, admission=admission, metrics=metrics)
     )
     service = ScoringService(
         config=artifact.config,
@@ -89,12 +99,59 @@ async def _assemble(settings: Settings, artifact: Artifact, encoder: Encoder, lo
         image_store=ByteBoundedCache[bytes]("images", settings.image_store_bytes, len, metrics),
         pixel_cache=ByteBoundedCache[EncodedImage]("pixels", settings.pixel_cache_bytes, lambda image: image.num_bytes, metrics),
         pool=pool,
-        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_tokens=budgets.max_batch_tokens,
         metrics=metrics,
+        audit_every=settings.cache_audit_every,
     )
-    runtime = Runtime(settings, artifact, loaded, service, batcher, SelfTest(artifact, loaded.dtype, service, metrics), metrics)
+    selftest = SelfTest(artifact, loaded.dtype, service, metrics)
+    hardware = find_hardware(torch.device(loaded.device))
+    runtime = Runtime(settings, artifact, loaded, engine, scorer, budgets, hardware, service, batcher, selftest, metrics)
     metrics.ready.set_function(lambda: float(runtime.ready))
     return runtime
+
+
+def measured_budgets(settings: Settings, engine: Engine, encoder: Encoder, device: torch.device) -> Budgets:
+    """What a batch and the caches may take of the memory that loading left. Raises SettingsInvalid when nothing would fit."""
+    tokens = settings.max_batch_tokens if device.type == "cuda" else min(settings.max_batch_tokens, _PRACTICE_TOKENS)
+    bytes_per_token = 0
+    while not bytes_per_token:
+        try:
+            bytes_per_token = engine.measure_bytes_per_token(tokens)
+        except OutOfMemory:
+            if tokens <= _MIN_PRACTICE_TOKENS:
+                raise SettingsInvalid(f"the model leaves no memory for a batch of {tokens} tokens on {device}") from None
+            tokens //= 2
+    left = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    host_caches = settings.image_store_bytes + settings.pixel_cache_bytes + settings.score_cache_bytes
+    if left is not None and device.type != "cuda":
+        left = max(0, left - host_caches)
+    return share_out(
+        left_bytes=left,
+        bytes_per_token=bytes_per_token,
+        max_batch_tokens=settings.max_batch_tokens,
+        min_batch_tokens=encoder.max_row_tokens,
+        prefix_cache_bytes=settings.prefix_cache_bytes,
+        feature_cache_bytes=settings.feature_cache_bytes,
+        on_host=device.type != "cuda",
+    )
+
+
+def build_scorer(settings: Settings, engine: Engine, budgets: Budgets, loaded: LoadedModel, metrics: Metrics) -> TensorScorer:
+    """The scorer of the device thread, its caches of the sizes that the budgets say."""
+    caches = Caches(
+        features=ByteBoundedCache[torch.Tensor]("features", budgets.feature_cache_bytes, lambda features: features.nbytes, metrics),
+        prefixes=ByteBoundedCache[KeptPrefix[torch.Tensor]]("prefixes", budgets.prefix_cache_bytes, lambda kept: kept.num_bytes, metrics),
+        scores=ByteBoundedCache[float]("scores", settings.score_cache_bytes, lambda _: _SCORE_BYTES, metrics),
+    )
+    return ReusingScorer(
+        engine,
+        caches,
+        fingerprint=loaded.fingerprint,
+        metrics=metrics,
+        score_tolerance=GOLDEN_TOLERANCE[loaded.dtype],
+        deterministic=settings.deterministic,
+        audit_every=settings.cache_audit_every,
+    )
 
 
 async def _prove(runtime: Runtime) -> None:

@@ -50,11 +50,23 @@ class Metrics:
         self.batch_items = self._histogram("reward_batch_items", "Captions in a batch.", _COUNTS)
         self.batch_tokens = self._histogram("reward_batch_tokens", "Tokens computed in a batch.", _TOKENS)
         self.batches = self._counter("reward_batches_total", "Batches by outcome: ok, split, failed.", ("outcome",))
-        self.tokens = self._counter("reward_tokens_total", "Tokens by kind: requested (one forward a caption), computed.", ("kind",))
+        self.out_of_memory = self._counter("reward_out_of_memory_total", "Batches that did not fit into the memory of the device.")
+        self.device_busy = self._counter("reward_device_busy_seconds_total", "Time the device worked on batches; the rest it was idle.")
+        self.tokens = self._counter(
+            "reward_tokens_total", "Tokens by kind: requested (one forward a caption), computed, cached (known from earlier).", ("kind",)
+        )
         self.rejected = self._counter(
             "reward_rejected_total", "Requests refused with 503 by error code: overloaded, draining, deadline_exceeded.", ("code",)
         )
         self.cache_lookups = self._counter("reward_cache_lookups_total", "Cache lookups.", ("cache", "result"))
+        self.cache_audits = self._counter(
+            "reward_cache_audits_total", "Hits computed again by cache: features, prefixes, scores.", ("cache",)
+        )
+        self.cache_audit_mismatches = self._counter(
+            "reward_cache_audit_mismatches_total",
+            "Audited hits (features, prefixes, scores) that were not what is computed now; alert on any.",
+            ("cache",),
+        )
 
     def _state(self) -> None:
         self.queue_items = self._gauge("reward_queue_items", "Captions admitted and not yet answered.")

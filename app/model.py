@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from bisect import bisect_right
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -22,14 +23,16 @@ from app.artifacts import ADAPTER_WEIGHTS_NAME, Artifact, base_sha256, fingerpri
 from app.encoding import TEXT_ONLY_FAMILIES
 from app.errors import ArtifactInvalid
 from app.heads import LinearHead, load_head
+from app.machine import forget_pages, mapped_files
 from app.packing import Packed
 
-ENCODING_VERSION = "2"  # raise it whenever ids, pixels, packing, attention or pooling change
+ENCODING_VERSION = "3"  # raise it whenever ids, pixels, packing, attention or pooling change
 _SCORING_LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "pillow")
 _UNUSED_BASE_KEYS = {"lm_head.weight"}
 SUPPORTED_FAMILIES = ("qwen2_5_vl", *TEXT_ONLY_FAMILIES)
 _MAX_REASON = 300  # characters of a library's own words
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base's weights as well
+_CHECKED_AT_ONCE = 1 << 22  # values: a check of a whole embedding would need more memory than the embedding
 _LORA_KEYS = (".lora_A.weight", ".lora_B.weight")
 
 
@@ -129,6 +132,8 @@ def load_model(
         raise ArtifactInvalid(f"{artifact.head_path}: head takes {head.linear.in_features} values, the base gives {hidden}")
     model = RewardModel(backbone, head).eval().requires_grad_(False)
     _refuse_nonfinite(model, artifact)
+    if place.type == "cpu":
+        _own_memory(model)
     _move(model, place)
     runtime = {"dtype": number, "device": place.type, "lora": lora if has_adapter else "none", "encoding": ENCODING_VERSION}
     runtime |= {name: version(name) for name in _SCORING_LIBRARIES}
@@ -297,8 +302,29 @@ def _refuse_nonfinite(model: RewardModel, artifact: Artifact) -> None:
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise ArtifactInvalid(f"{artifact.base_path}: {name} was not loaded")
-        if not torch.isfinite(tensor).all():
+        if not all(torch.isfinite(piece).all() for piece in torch.split(tensor.reshape(-1), _CHECKED_AT_ONCE)):
             raise ArtifactInvalid(f"{artifact.base_path}: {name} is not finite")
+
+
+def _own_memory(model: RewardModel) -> None:
+    """Copy what is still a mapped file, tensor by tensor: a file that changes after its check must not change what is served."""
+    mapped = mapped_files(".safetensors")
+    firsts = [first for first, _ in mapped]
+    for tensor in model.parameters():
+        data = tensor.data
+        place = bisect_right(firsts, data.data_ptr()) - 1
+        if place >= 0 and data.data_ptr() + data.nbytes <= mapped[place][1]:
+            tensor.data = _copied(data)
+
+
+def _copied(mapped: Tensor) -> Tensor:
+    """A copy in memory of our own; the pages of the file go as soon as they are copied."""
+    copy = torch.empty_like(mapped, memory_format=torch.contiguous_format)
+    pieces = zip(*(torch.split(tensor.reshape(-1), _CHECKED_AT_ONCE) for tensor in (copy, mapped)), strict=True)
+    for target, source in pieces:
+        target.copy_(source)
+        forget_pages(source.data_ptr(), source.nbytes)
+    return copy
 
 
 def _move(model: RewardModel, place: torch.device) -> None:

@@ -17,6 +17,7 @@ class Plan:
     batch: tuple[Job, ...]
     expired: tuple[Job, ...]
     waiting: tuple[Job, ...]
+    is_full: bool = False  # the budget is used up, or a job did not fit
 
 
 def plan_batch(waiting: Sequence[Job], max_tokens: int, now: float) -> Plan:
@@ -24,20 +25,19 @@ def plan_batch(waiting: Sequence[Job], max_tokens: int, now: float) -> Plan:
 
     Jobs behind it that share image and prompt with one already taken may still join while they fit: their prefix is free.
     A job larger than the budget runs alone; admission keeps those out.
+
+    Fair: what becomes of a job depends on nothing behind it. Planned again and again while jobs arrive and none leaves, a job
+    runs in exactly the batch it would run in had nobody come after it: at the latest in the one after the batches that were
+    due to those before it.
     """
     wanted = [job for job in waiting if not job.future.done()]
     expired = tuple(job for job in wanted if job.deadline <= now)
-    budget = _Budget(max_tokens)
+    filling = Filling(max_tokens)
     batch: list[Job] = []
     left: list[Job] = []
     for job in (job for job in wanted if job.deadline > now):
-        may_join = not left or budget.knows(job.group.key)
-        if may_join and (not batch or budget.fits(job.group)):
-            budget.take(job.group)
-            batch.append(job)
-        else:
-            left.append(job)
-    return Plan(tuple(batch), expired, tuple(left))
+        (batch if filling.take(job.group) else left).append(job)
+    return Plan(tuple(batch), expired, tuple(left), filling.is_full)
 
 
 def split_group(group: EncodedGroup, max_tokens: int) -> list[EncodedGroup]:
@@ -52,10 +52,15 @@ def split_group(group: EncodedGroup, max_tokens: int) -> list[EncodedGroup]:
             raise ValueError(f"a caption and its prefix have {len(row)} tokens, a batch holds {max_tokens}")
         own = len(row) - group.num_prefix
         if used + own > max_tokens:
-            pieces.append(replace(group, rows=group.rows[start:index]))
+            pieces.append(some_rows(group, start, index))
             start, used = index, group.num_prefix
         used += own
-    return [*pieces, replace(group, rows=group.rows[start:])]
+    return [*pieces, some_rows(group, start, len(group.rows))]
+
+
+def some_rows(group: EncodedGroup, start: int, stop: int) -> EncodedGroup:
+    """The group of these captions only."""
+    return replace(group, rows=group.rows[start:stop], row_prefixes=group.row_prefixes[start:stop])
 
 
 @dataclass(slots=True)
@@ -70,31 +75,34 @@ class _Shared:
     def num_tokens(self) -> int:
         return self.num_prefix + self.num_row_tokens - self.num_rows * self.num_prefix
 
+    def with_group(self, group: EncodedGroup) -> _Shared:
+        num_prefix = min(self.num_prefix, group.num_prefix)
+        return _Shared(num_prefix, self.num_rows + len(group.rows), self.num_row_tokens + sum(map(len, group.rows)))
+
 
 @dataclass(slots=True)
-class _Budget:
-    """Tokens of a batch in the making; equal prefixes are counted once."""
+class Filling:
+    """A batch in the making, job after job: its tokens, equal prefixes counted once, and whether anything was refused."""
 
     max_tokens: int
-    used: int = 0
-    by_prefix: dict[PrefixKey, _Shared] = field(default_factory=dict)
+    num_tokens: int = 0
+    _refused: bool = False
+    _by_prefix: dict[PrefixKey, _Shared] = field(default_factory=dict)
 
-    def knows(self, key: PrefixKey) -> bool:
-        return key in self.by_prefix
+    @property
+    def is_full(self) -> bool:
+        return self._refused or self.num_tokens >= self.max_tokens
 
-    def fits(self, group: EncodedGroup) -> bool:
-        return self.used + self._extra(group) <= self.max_tokens
-
-    def take(self, group: EncodedGroup) -> None:
-        self.used += self._extra(group)
-        self.by_prefix[group.key] = self._with(group)
-
-    def _extra(self, group: EncodedGroup) -> int:
-        before = self.by_prefix.get(group.key)
-        return self._with(group).num_tokens - (before.num_tokens if before else 0)
-
-    def _with(self, group: EncodedGroup) -> _Shared:
-        before = self.by_prefix.get(group.key, _Shared(group.num_prefix))
-        row_tokens = sum(len(row) for row in group.rows)
-        prefix = min(before.num_prefix, group.num_prefix)
-        return _Shared(prefix, before.num_rows + len(group.rows), before.num_row_tokens + row_tokens)
+    def take(self, group: EncodedGroup) -> bool:
+        """Whether the group joins. The first always does; after a refusal only those whose prefix is already in."""
+        before = self._by_prefix.get(group.key)
+        if self._refused and before is None:
+            return False
+        after = (before or _Shared(group.num_prefix)).with_group(group)
+        num_tokens = self.num_tokens + after.num_tokens - (before.num_tokens if before else 0)
+        if self._by_prefix and num_tokens > self.max_tokens:
+            self._refused = True
+            return False
+        self.num_tokens = num_tokens
+        self._by_prefix[group.key] = after
+        return True

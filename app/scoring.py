@@ -1,4 +1,7 @@
-"""Encoded groups to scores: `score_shared`, one packed forward, and `score_plain`, its slow twin."""
+"""Encoded groups to scores through transformers: `score_shared`, one packed forward as in training, and `score_plain`, the slow twin.
+
+A server scores through `app.engine`, which is held against both.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,6 @@ import torch
 from app.contracts import EncodedGroup, Scores
 from app.model import RewardModel
 from app.packing import pack
-
-
-class SharedPrefixScorer:
-    """Scores a batch of groups in one forward. Implements `Scorer`; call it from one thread."""
-
-    def __init__(self, model: RewardModel) -> None:
-        self._model = model
-
-    def score(self, groups: Sequence[EncodedGroup]) -> list[Scores]:
-        return score_shared(self._model, groups)
 
 
 @torch.inference_mode()

@@ -61,7 +61,7 @@ class SelfTest:
 
     async def _probe(self) -> SelfTestReport:
         """Without golden scores: equal captions must score equal bits, different ones must differ."""
-        request = GroupRequest(_PROBE_CAPTIONS, image=_probe_picture() if self._service.takes_images else None)
+        request = GroupRequest(_PROBE_CAPTIONS, image=_probe_picture() if self._service.takes_images else None, fresh=True)
         first, other, again = await self._score(request)
         passed = first == again and first != other
         message = "no golden scores in the artifact; `punchline convert` adds them" if passed else "the model ignores its captions"
@@ -73,7 +73,7 @@ class SelfTest:
 
     def _request(self, item: GoldenItem) -> GroupRequest:
         image = None if item.image is None else read_golden_image(self._artifact, item.image)
-        return GroupRequest(tuple(item.captions), image=image, prompt=item.prompt)
+        return GroupRequest(tuple(item.captions), image=image, prompt=item.prompt, fresh=True)
 
 
 def read_golden_image(artifact: Artifact, name: str) -> bytes:

@@ -8,11 +8,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from app.batching import Admission, Batcher, Reservation
-from app.caches import ByteBoundedCache
+from app.caches import Audit, ByteBoundedCache
 from app.contracts import EncodedGroup, EncodedImage, Explanation, Group, GroupEncoder, Job
 from app.errors import ApiError, DeadlineExceeded, ImageUnknown, InvalidRequest, ItemRejected, RequestError, TooManyTokens, Unavailable
 from app.images import ImageLimits, decode_image, image_id, probe_image, read_image_field
@@ -35,6 +37,7 @@ class GroupRequest:
     image: bytes | str | None = None
     prompt: str | None = None
     field: str = ""  # where it stands in the request, "groups[2]"; names the fault in errors
+    fresh: bool = False  # compute it whatever is cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class GroupResult:
     image_id: str | None
     num_tokens: int
     num_computed_tokens: int
+    num_cached_tokens: int
     truncated_prompt: bool
     explanation: Explanation | None = None
 
@@ -94,6 +98,7 @@ class ScoringService:
         pool: Executor,
         max_batch_tokens: int,
         metrics: Metrics,
+        audit_every: int = 0,
     ) -> None:
         self._config = config
         self._encoder = encoder
@@ -105,6 +110,7 @@ class ScoringService:
         self._pool = pool
         self._max_batch_tokens = max_batch_tokens
         self._metrics = metrics
+        self._pixel_audit = Audit("pixels", audit_every, metrics)
 
     async def score(
         self,
@@ -189,7 +195,7 @@ class ScoringService:
                 image, bound = self._image(request, reservation)
             with _measured(self._metrics, timing, "encode"):
                 group, errors = self._encoder.encode(Group(request.captions, request.prompt, image))
-                pieces = self._split(group) if group else ()
+                pieces = self._split(replace(group, fresh=request.fresh)) if group else ()
             reservation.settle(bound, sum(piece.num_tokens for piece in pieces))
             explanation = self._encoder.explain(pieces) if explain and pieces else None
             return _Prepared(pieces, tuple(errors), image.image_id if image else None, explanation)
@@ -211,11 +217,27 @@ class ScoringService:
             return None, bound
         source = request.image if isinstance(request.image, bytes) else read_image_field(request.image, self._limits)
         name = source if isinstance(source, str) else image_id(source)
-        known = self._pixel_cache.get(name)
+        known = self._known_pixels(name)
         num_tokens = known.num_tokens if known else self._encoder.image_tokens(*probe_image(self._bytes(source), self._limits))
         bound = self._encoder.max_tokens(num_tokens, request.prompt, request.captions)
         reservation.add_tokens(bound)
         return known or self._encode_image(self._bytes(source), name), bound
+
+    def _known_pixels(self, name: str) -> EncodedImage | None:
+        """A picture that was decoded before; every so often it is decoded again and compared."""
+        known = self._pixel_cache.get(name)
+        if known is None or not self._pixel_audit.is_due():
+            return known
+        data = self._image_store.get(name)
+        if data is None:
+            return known
+        fresh = self._decoded(data)
+        self._pixel_audit.record(agrees=np.array_equal(known.patches, fresh.patches))
+        self._pixel_cache.put(name, fresh)
+        return fresh
+
+    def _decoded(self, data: bytes) -> EncodedImage:
+        return self._encoder.encode_image(decode_image(data, self._limits, exif_transpose=self._config.image.exif_transpose))
 
     def _bytes(self, source: bytes | str) -> bytes:
         data = source if isinstance(source, bytes) else self._image_store.get(source)
@@ -225,11 +247,7 @@ class ScoringService:
 
     def _encode_image(self, data: bytes, name: str) -> EncodedImage:
         """Decoded and resized once, however many ask at the same time."""
-
-        def make() -> EncodedImage:
-            return self._encoder.encode_image(decode_image(data, self._limits, exif_transpose=self._config.image.exif_transpose))
-
-        encoded = self._pixel_cache.get_or_make(name, make)
+        encoded = self._pixel_cache.get_or_make(name, lambda: self._decoded(data))
         self._image_store.put(name, data)
         return encoded
 
@@ -250,6 +268,7 @@ class ScoringService:
             image_id=prepared.image_id,
             num_tokens=sum(item.num_tokens for item in done),
             num_computed_tokens=sum(item.num_computed_tokens for item in done),
+            num_cached_tokens=sum(item.num_cached_tokens for item in done),
             truncated_prompt=any(piece.truncated_prompt for piece in prepared.pieces),
             explanation=prepared.explanation,
         )

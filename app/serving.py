@@ -31,7 +31,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "pillow", "fastapi"
 
 async def serve(settings: Settings) -> None:
     """Load, self-test, then listen until told to stop; every accepted request is answered. Raises StartRefused."""
-    listener = _bind(settings)
+    listener = bind(settings)
     try:
         async with running(settings) as runtime:
             config = uvicorn.Config(
@@ -118,6 +118,10 @@ def describe(runtime: Runtime) -> dict[str, Any]:
             "device": runtime.loaded.device,
             "dtype": runtime.loaded.dtype,
             "lora": runtime.settings.lora,
+            "deterministic": runtime.settings.deterministic,
+            "hardware": runtime.hardware.as_dict(),
+            "prepacked_layers": runtime.engine.num_prepacked,
+            "budgets": runtime.budgets.as_dict(),
             "libraries": {name: version(name) for name in _LIBRARIES},
         },
         "selftest": runtime.last_report.as_dict() if runtime.last_report else None,
@@ -134,10 +138,10 @@ def warnings(settings: Settings) -> list[str]:
     return []
 
 
-def _bind(settings: Settings) -> socket.socket:
+def bind(settings: Settings) -> socket.socket:
     """Take the port before minutes of loading; nothing is accepted until the model is ready."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY only where TCP is named
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))

@@ -29,7 +29,12 @@ class Settings(BaseSettings):
         "auto", description="Number format of the backbone; auto takes the artifact's on a GPU and float32 on a CPU."
     )
     lora: Literal["merged", "unmerged"] = Field("merged", description="Fold the adapter into the base at load, or keep it apart.")
-    num_threads: int = Field(0, ge=0, le=512, description="Threads of the matrix library; 0 leaves torch's choice.")
+    num_threads: int = Field(
+        0, ge=0, le=512, description="Threads of the matrix library; 0 takes the processors this process or its container may use."
+    )
+    deterministic: bool = Field(
+        False, description="Make a score independent, bit for bit, of what it is scored beside and of what is cached; slower."
+    )
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and logs it.")
@@ -63,6 +68,16 @@ class Settings(BaseSettings):
 
     image_store_bytes: int = Field(256 << 20, ge=0, le=1 << 40, description="Memory for uploaded image bytes, so clients can send ids.")
     pixel_cache_bytes: int = Field(256 << 20, ge=0, le=1 << 40, description="Memory for decoded and resized images.")
+    feature_cache_bytes: int | None = Field(
+        None, ge=0, le=1 << 44, description="Device memory for what the vision tower made of images; unset: a share of what loading left."
+    )
+    prefix_cache_bytes: int | None = Field(
+        None, ge=0, le=1 << 44, description="Device memory for keys and values of prefixes; unset: a share of what loading left."
+    )
+    score_cache_bytes: int = Field(32 << 20, ge=0, le=1 << 40, description="Memory for scores already computed.")
+    cache_audit_every: int = Field(
+        1000, ge=0, le=1 << 30, description="Of so many cache hits one is computed again and compared; 0: none."
+    )
 
     @property
     def formats(self) -> tuple[str, ...]:

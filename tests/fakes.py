@@ -56,10 +56,13 @@ class OracleScorer:
     def __post_init__(self) -> None:
         self.gate.set()
 
-    def score(self, groups: Sequence[EncodedGroup]) -> list[Scores]:
+    def prepare(self, groups: Sequence[EncodedGroup]) -> tuple[EncodedGroup, ...]:
+        return tuple(groups)
+
+    def score(self, prepared: tuple[EncodedGroup, ...]) -> list[Scores]:
         self.gate.wait(30)
-        self.batches.append(tuple(groups))
-        return [self._scores(group) for group in groups]
+        self.batches.append(prepared)
+        return [self._scores(group) for group in prepared]
 
     def _scores(self, group: EncodedGroup) -> Scores:
         values = tuple(self.answer(group, row) for row in group.rows)

@@ -15,12 +15,13 @@ import numpy as np
 
 from app.batching import Admission, Batcher
 from app.contracts import EncodedGroup, EncodedImage, Explanation, Group, Ids, RgbImage, Scorer, Scores
-from app.errors import ApiError, Unavailable
+from app.errors import ApiError, OutOfMemory, Unavailable
 from app.metrics import Metrics
 from tests.fakes import CAPTION_END, FakeEncoder, oracle_score
 
 PATIENCE_S = 20.0  # only a broken test waits so long
 RAISE, NAN, INFINITE, SHORT, BUSY = "<raise>", "<nan>", "<inf>", "<short>", "<busy>"  # captions that meet this fault on the device
+UNREADY, HUGE = "<unready>", "<huge>"  # cannot be made ready; does not fit into memory with anything else, nor alone
 
 
 def group_of(key: str, *captions: str, num_prefix: int = 5) -> EncodedGroup:
@@ -39,23 +40,40 @@ def caption_of(row: Ids, num_prefix: int) -> str:
 
 
 class FaultyScorer:
-    """The oracle, except that a caption which names a fault meets it. Keeps its calls."""
+    """The oracle, except that a caption which names a fault meets it. Keeps its calls.
 
-    def __init__(self) -> None:
-        self.calls: list[tuple[EncodedGroup, ...]] = []
+    More than `max_rows` captions at a time do not fit into its memory.
+    """
 
-    def score(self, groups: Sequence[EncodedGroup]) -> list[Scores]:
-        self.calls.append(tuple(groups))
-        self._wait(groups)
-        captions = {caption_of(row, group.num_prefix) for group in groups for row in group.rows}
+    def __init__(self, *, max_rows: int = 1000) -> None:
+        self.calls: list[tuple[EncodedGroup, ...]] = []  # on the device
+        self.prepared: list[tuple[EncodedGroup, ...]] = []
+        self._max_rows = max_rows
+
+    def prepare(self, groups: Sequence[EncodedGroup]) -> tuple[EncodedGroup, ...]:
+        self.prepared.append(tuple(groups))
+        if UNREADY in captions_of(groups):
+            raise ValueError("a caption that cannot be made ready")
+        return tuple(groups)
+
+    def score(self, prepared: tuple[EncodedGroup, ...]) -> list[Scores]:
+        self.calls.append(prepared)
+        self._wait(prepared)
+        captions = captions_of(prepared)
         if BUSY in captions:
             raise Unavailable("out of memory", retry_after_s=7)
         if RAISE in captions:
             raise ValueError("a poisoned caption")
-        return [_scores(group) for group in groups]
+        if HUGE in captions or len(captions) > self._max_rows:
+            raise OutOfMemory("the device is full")
+        return [_scores(group) for group in prepared]
 
     def _wait(self, groups: Sequence[EncodedGroup]) -> None:
         """The device is never busy."""
+
+
+def captions_of(groups: Sequence[EncodedGroup]) -> list[str]:
+    return [caption_of(row, group.num_prefix) for group in groups for row in group.rows]
 
 
 def _scores(group: EncodedGroup) -> Scores:
@@ -71,19 +89,24 @@ class GatedScorer(FaultyScorer):
     Make it on the event loop.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, max_rows: int = 1000) -> None:
+        super().__init__(max_rows=max_rows)
         self._loop = asyncio.get_running_loop()
         self._entered: asyncio.Queue[tuple[EncodedGroup, ...]] = asyncio.Queue()
         self._tickets: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._let_go: set[int] = set()
+        self._let_go: set[int] = set()  # ids of rows: groups that were cut keep them
 
     def _wait(self, groups: Sequence[EncodedGroup]) -> None:
-        ids = {id(group) for group in groups}
+        ids = {id(row) for group in groups for row in group.rows}
         if not ids <= self._let_go:
             self._loop.call_soon_threadsafe(self._entered.put_nowait, tuple(groups))
             self._tickets.get(timeout=PATIENCE_S)
-            self._let_go = ids
+            self._let_go |= ids
+
+    @property
+    def num_entered(self) -> int:
+        """Batches that have come to the device and that no test has looked at."""
+        return self._entered.qsize()
 
     async def entered(self) -> tuple[EncodedGroup, ...]:
         """The next batch that has come to the device."""

@@ -12,26 +12,80 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+BENCH = (
+    "bench",
+    *(
+        f"bench.{name}"
+        for name in (
+            "workload",
+            "flops",
+            "limit",
+            "memory",
+            "loopback",
+            "ways",
+            "load",
+            "overhead",
+            "noise",
+            "report",
+            "tables",
+            "plot",
+            "run",
+            "noise_run",
+            "command",
+        )
+    ),
+)
 # Lowest first. A module imports only from modules that stand before it; imports for type checking and inside functions count too.
 TABLE = (
     ("errors", "settings", "contracts", "metrics"),
-    ("planning", "caches", "preference", "images", "artifacts"),
-    ("encoding", "attention", "packing", "heads", "model", "batching"),
+    ("planning", "caches", "reuse", "budgets", "machine", "preference", "images", "artifacts"),
+    (
+        "encoding",
+        "varlen",
+        "layers",
+        "vision",
+        "decoder",
+        "attention",
+        "packing",
+        "heads",
+        "model",
+        "engine",
+        "dispatch",
+        "batching",
+        "geometry",
+        "hardware",
+    ),
     ("scoring", "golden", "service", "selftest"),
     ("api.bodies", "api.schemas", "api.card", "api.answers", "api.middleware", "api.requests", "api.routes", "api"),
-    ("main", "serving", "converting", "remote", "cli"),
+    ("main", "serving"),
+    BENCH,
+    ("converting", "remote", "cli"),
 )
 ORDER = {"app": 0} | {f"app.{name}": place for place, name in enumerate((name for row in TABLE for name in row), start=1)}
 HEAVY = {"torch", "transformers", "peft"}
 MAY_LOAD_HEAVY = {
-    f"app.{name}" for name in ("encoding", "attention", "packing", "heads", "model", "scoring", "golden", "main", "converting")
-}
+    f"app.{name}"
+    for name in (
+        "encoding",
+        "varlen",
+        "layers",
+        "vision",
+        "decoder",
+        "attention",
+        "packing",
+        "heads",
+        "model",
+        "engine",
+        "scoring",
+        "golden",
+    )
+} | {"app.main", "app.converting", "app.geometry", "app.hardware", *(f"app.{name}" for name in BENCH)}
 MAY_LOAD_HEAVY_LATE = {"app.cli"}
 LOADS_HEAVY_BY_IMPORT = MAY_LOAD_HEAVY | {"app.serving"}
 TRAINING_MAY_IMPORT = {
     f"app.{name}"
     for name in ("contracts", "errors", "images", "artifacts", "encoding", "attention", "packing", "heads", "model", "scoring", "golden")
-} | {"app"}
+} | {"app", "app.geometry", "app.hardware"}
 VAGUE = {"utils", "util", "helpers", "helper", "common", "manager", "handler", "misc"}
 
 

@@ -84,7 +84,7 @@ def test_nothing_unknown_is_used() -> None:
     [
         ("items", {"scored", "null", "failed"}),
         ("batches", {"ok", "split", "failed"}),
-        ("tokens", {"requested", "computed"}),
+        ("tokens", {"requested", "computed", "cached"}),
         ("stage_duration", {"decode", "encode", "queue", "forward"}),
         ("requests", {"ok", "client_error", "rejected", "failed", "cancelled"}),
         ("rejected", {"overloaded", "draining", "deadline_exceeded"}),

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.contracts import EncodedGroup, Job
-from app.planning import Plan, plan_batch, split_group
+from app.planning import Filling, Plan, plan_batch, split_group
 
 NOW = 1000.0
 BUDGETS = st.integers(1, 200)
@@ -147,6 +147,105 @@ def test_planning_changes_nothing(waiting: list[Job], budget: int) -> None:
     )
 
 
+# Fairness
+
+
+def arrivals_of(queues: st.SearchStrategy[list[Job]]) -> st.SearchStrategy[list[tuple[int, Job]]]:
+    """Jobs in the order they come, each with the number of batches that were planned before it came."""
+    return st.tuples(queues, st.lists(st.integers(0, 5), min_size=12, max_size=12)).map(
+        lambda drawn: list(zip(sorted(drawn[1]), drawn[0], strict=False))
+    )
+
+
+def batch_numbers(arrivals: Sequence[tuple[int, Job]], budget: int) -> dict[int, int]:
+    """The batch in which each job runs, by its place in `arrivals`, when nobody leaves and every plan follows the one before."""
+    numbers: dict[int, int] = {}
+    place = {id(each): index for index, (_, each) in enumerate(arrivals)}
+    waiting: list[Job] = []
+    number = 0
+    while len(numbers) < len(arrivals):
+        waiting += [each for came, each in arrivals if came == number]
+        plan = plan_batch(waiting, budget, now=-1.0)
+        waiting = list(plan.waiting)
+        numbers |= {place[id(each)]: number for each in plan.batch}
+        number += 1
+    return numbers
+
+
+LIVING = st.lists(
+    st.builds(
+        lambda *encoded: job(group(*encoded)), st.integers(1, 3), st.integers(1, 30), st.lists(st.integers(1, 20), min_size=1, max_size=4)
+    ),
+    max_size=12,
+)
+
+
+@given(arrivals_of(LIVING), BUDGETS)
+def test_nobody_waits_for_whoever_came_later(arrivals: list[tuple[int, Job]], budget: int) -> None:
+    """The batch of a job is the one it would run in if every job that arrived after it did not exist."""
+    together = batch_numbers(arrivals, budget)
+    for index in range(len(arrivals)):
+        assert together[index] == batch_numbers(arrivals[: index + 1], budget)[index]
+
+
+@given(arrivals_of(LIVING), BUDGETS)
+def test_nobody_waits_behind_more_batches_than_were_due(arrivals: list[tuple[int, Job]], budget: int) -> None:
+    """Due are the batches of those who came before it, counted without it; it runs in the next at the latest."""
+    together = batch_numbers(arrivals, budget)
+    for index, (came, _) in enumerate(arrivals):
+        due = max(batch_numbers(arrivals[:index], budget).values(), default=-1)
+        assert together[index] <= max(due + 1, came)
+
+
+@given(arrivals_of(LIVING), BUDGETS)
+def test_whatever_is_said_of_a_plan_holds_for_a_job_behind_it(arrivals: list[tuple[int, Job]], budget: int) -> None:
+    """A plan of the front of a queue is the front of the plan: why the two tests above hold."""
+    queue = [each for _, each in arrivals]
+    batch = {id(each) for each in plan_batch(queue, budget, -1.0).batch}
+    for length in range(len(queue)):
+        assert [each for each in queue[:length] if id(each) in batch] == list(plan_batch(queue[:length], budget, -1.0).batch)
+
+
+@given(QUEUES, BUDGETS)
+def test_a_plan_is_full_when_more_would_change_nothing_or_wait(waiting: list[Job], budget: int) -> None:
+    plan = plan_batch(waiting, budget, NOW)
+    filling = Filling(budget)
+    taken = [each for each in live(waiting) if filling.take(each.group)]
+    assert taken == list(plan.batch)
+    assert filling.is_full == plan.is_full == (bool(plan.waiting) or filling.num_tokens >= budget)
+
+
+@given(QUEUES, BUDGETS, st.data())
+def test_who_leaves_makes_no_batch_fuller(waiting: list[Job], budget: int, data: st.DataObject) -> None:
+    """So what fills as jobs come never misses a full batch when some of them have gone since."""
+    some = data.draw(st.lists(st.sampled_from(waiting), unique_by=id)) if waiting else []
+    all_of_them, without = Filling(budget), Filling(budget)
+    for each in waiting:
+        all_of_them.take(each.group)
+        if each not in some:
+            without.take(each.group)
+    assert all_of_them.is_full or not without.is_full
+
+
+def test_64_captions_one_by_one_are_few_batches_with_one_prefix_each() -> None:
+    """64 jobs of 258 + 32 tokens behind and between jobs of other images; a batch holds 1500.
+
+    Each of their batches has one prefix: 258 + 38 * 32 = 1474 tokens, then 258 + 26 * 32 = 1090.
+    """
+    ours = [job(group(1, 258, [32])) for _ in range(64)]
+    plan = plan_batch(ours, 1500, NOW)
+    assert len(plan.batch) == 38
+    assert len(plan_batch(plan.waiting, 1500, NOW).batch) == 26
+    mixed = [each for mine in ours for each in (mine, job(group(2, 258, [32])))]
+    batches = []
+    while mixed:
+        plan = plan_batch(mixed, 1500, NOW)
+        batches.append(plan.batch)
+        mixed = list(plan.waiting)
+    assert len(batches) == 5  # 128 * 32 tokens and two prefixes a batch
+    assert all(true_cost(batch) <= 1500 for batch in batches)
+
+
 def test_equal_prefixes_are_counted_once() -> None:
     """Ten jobs of 50 + 5 tokens: 50 + 10 * 5 = 100 together, 550 apart."""
     waiting = [job(group(1, 50, [5])) for _ in range(10)]
@@ -175,6 +274,15 @@ def test_pieces_fit_and_keep_the_order(num_prefix: int, lengths: list[int], budg
     assert [id(row) for piece in pieces for row in piece.rows] == [id(row) for row in whole.rows]
     assert all(piece.rows and piece.num_tokens <= budget for piece in pieces)
     assert all(replace(piece, rows=whole.rows) == whole for piece in pieces)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=30), st.integers(60, 120))
+def test_every_piece_keeps_its_own_rows_prefixes(lengths: list[int], budget: int) -> None:
+    whole = replace(group(1, 5, lengths), row_prefixes=tuple(range(len(lengths))))
+    pieces = split_group(whole, budget)
+    assert [(id(row), own) for piece in pieces for row, own in zip(piece.rows, piece.row_prefixes, strict=True)] == [
+        (id(row), own) for row, own in zip(whole.rows, whole.row_prefixes, strict=True)
+    ]
 
 
 @given(st.integers(1, 30), st.lists(st.integers(1, 30), min_size=1, max_size=30), st.integers(60, 120))

@@ -6,8 +6,6 @@ Random weights in the true shapes; both ways in one process and one run, taking 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import random
 import re
 import statistics
@@ -23,10 +21,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+from transformers import Qwen2_5_VLModel
 from transformers.utils.logging import disable_progress_bar
 
 from app.contracts import EncodedGroup, EncodedImage, Ids
+from app.geometry import GEOMETRIES, Geometry, base_config, pad_rows
+from app.hardware import describe_hardware
 from app.heads import LinearHead
 from app.model import RewardModel
 from training.preference import bradley_terry_loss, pack_pairs, score_pairs
@@ -74,7 +74,7 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(stderr=True)
     console.print("building random weights in the shapes of Qwen2.5-VL-3B")
-    geometry = Geometry(layers, vision_layers)
+    geometry = GEOMETRIES["qwen2.5-vl-3b"].shortened(layers, vision_layers)
     model = build_model(geometry).to(device)
     timings = []
     with Progress(console=console, transient=True) as progress:
@@ -105,53 +105,10 @@ def as_dict(timing: Timing) -> dict[str, Any]:
     return told if timing.agrees else told | {"ratio": None, "slowest_ratio": None}
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """Shapes of a Qwen2.5-VL; the defaults are those of 3B with its layers counted by the caller."""
-
-    layers: int
-    vision_layers: int
-    hidden: int = 2048
-    heads: int = 16
-    kv_heads: int = 2
-    intermediate: int = 11008
-    vocabulary: int = 151936
-    vision_hidden: int = 1280
-    vision_heads: int = 16
-    vision_intermediate: int = 3420
-    mrope_section: tuple[int, int, int] = (16, 24, 24)
-
-    @property
-    def image_token_id(self) -> int:
-        return self.vocabulary - 1
-
-
 def build_model(geometry: Geometry) -> RewardModel:
     """Random weights with LoRA of the published rank on every linear layer, off zero so that every gradient counts."""
     torch.manual_seed(0)
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": geometry.hidden,
-            "num_hidden_layers": geometry.layers,
-            "num_attention_heads": geometry.heads,
-            "num_key_value_heads": geometry.kv_heads,
-            "intermediate_size": geometry.intermediate,
-            "vocab_size": geometry.vocabulary,
-            "max_position_embeddings": 128000,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(geometry.mrope_section)},
-        },
-        vision_config={
-            "depth": geometry.vision_layers,
-            "hidden_size": geometry.vision_hidden,
-            "intermediate_size": geometry.vision_intermediate,
-            "num_heads": geometry.vision_heads,
-            "out_hidden_size": geometry.hidden,
-            "fullatt_block_indexes": [geometry.vision_layers - 1],
-        },
-        image_token_id=geometry.image_token_id,
-        vision_start_token_id=geometry.vocabulary - 2,
-        vision_end_token_id=geometry.vocabulary - 3,
-    )
+    config = base_config(geometry, _special_tokens(geometry))
     peft = add_lora(Qwen2_5_VLModel(config), Lora(r=32, alpha=32))
     model = RewardModel(peft.get_base_model(), LinearHead(geometry.hidden))
     model.head.requires_grad_(True)
@@ -160,6 +117,12 @@ def build_model(geometry: Geometry) -> RewardModel:
             if "lora_B" in name or name.startswith("head"):
                 parameter.normal_(std=0.02)
     return model.train()
+
+
+def _special_tokens(geometry: Geometry) -> dict[str, int]:
+    """The last of the vocabulary; the groups below have no tokenizer."""
+    last = geometry.vocabulary - 1
+    return {"image_token_id": geometry.image_token_id, "vision_start_token_id": last - 1, "vision_end_token_id": last - 2}
 
 
 def make_groups(num_pairs: int, pairs_per_image: int, grid: tuple[int, int], image_token_id: int) -> list[EncodedGroup]:
@@ -220,23 +183,15 @@ def seconds_of(way: Callable[[], Tensor], model: nn.Module) -> float:
 
 
 def pad_groups(model: RewardModel, groups: Sequence[EncodedGroup]) -> tuple[dict[str, Tensor], int]:
-    """What the published collator makes: every caption a row with its own picture, chosen and rejected in turn, padded right."""
+    """What the published collator makes, chosen and rejected in turn, and how many tokens that is."""
     rows, images = [], []
     for group in groups:
         half = len(group.rows) // 2
         for chosen, rejected in zip(group.rows[:half], group.rows[half:], strict=True):
             rows += [chosen, rejected]
             images += [group.image, group.image]
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.from_numpy(row)
-        mask[number, : len(row)] = 1
-    batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": torch.eq(ids, model.image_token_id or -1).int()}
-    batch["pixel_values"] = torch.from_numpy(np.concatenate([image.patches for image in images if image is not None]))
-    batch["image_grid_thw"] = torch.tensor([image.grid_thw for image in images if image is not None])
-    return {name: value.to(model.device) for name, value in batch.items()}, ids.numel()
+    batch = pad_rows(rows, images, model.image_token_id)
+    return {name: value.to(model.device) for name, value in batch.items()}, batch["input_ids"].numel()
 
 
 def padded_margins(model: RewardModel, batch: dict[str, Tensor]) -> Tensor:
@@ -258,22 +213,6 @@ def table_of(timings: Sequence[Timing], pairs: int, hardware: str) -> Table:
         tokens = (f"{each.num_padded_tokens:,}", f"{each.num_shared_tokens:,}")
         table.add_row(str(each.pairs_per_image), *tokens, *speeds, *ratios, f"{each.gradient_difference:.1e}")
     return table
-
-
-def describe_hardware(device: torch.device) -> str:
-    """What ran: the device, its threads, torch's version and vector instructions."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    threads, vectors = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    return f"{_processor_name()}, {os.cpu_count()} cores, {threads} threads, {vectors}, torch {torch.__version__}"
-
-
-def _processor_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            return next(line.split(":", 1)[1].strip() for line in stream if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

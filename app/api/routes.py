@@ -258,7 +258,12 @@ class Routes:
 
 
 def _common_fields(result: GroupResult) -> dict[str, Any]:
-    usage = Usage(captions=len(result.scores), tokens=result.num_tokens, computed_tokens=result.num_computed_tokens, cached_tokens=0)
+    usage = Usage(
+        captions=len(result.scores),
+        tokens=result.num_tokens,
+        computed_tokens=result.num_computed_tokens,
+        cached_tokens=result.num_cached_tokens,
+    )
     warnings = {"warnings": ["prompt_truncated"]} if result.truncated_prompt else {}
     return {"image_id": result.image_id, "usage": usage, **warnings}
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import typer
 
-from training.bench import Geometry, Timing, as_dict, build_model, make_groups, measure, pad_groups, read_grid, table_of
+from app.geometry import Geometry
+from training.bench import Timing, as_dict, build_model, make_groups, measure, pad_groups, read_grid, table_of
 
 SMALL = Geometry(
     *(2, 2),

@@ -1,0 +1,150 @@
+"""`punchline bench` from its options to its exit code: what to measure, the artifact to measure it on, what is printed.
+
+Exit code 1 where scores disagree with the plain way, or where deterministic ones are not.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console, RenderableType
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from app.bench.noise_run import NoiseRun, run_noise
+from app.bench.plot import check_plot, write_plot
+from app.bench.report import Report
+from app.bench.run import Plan, run_ways
+from app.bench.tables import WIDTH, noise_tables, tables_of
+from app.errors import SettingsInvalid
+from app.geometry import GEOMETRIES, Geometry, write_artifact
+from app.settings import Settings, load_settings
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+_TIMEOUT_MS = 600_000
+_MAX_QUEUE_TOKENS, _MAX_QUEUE_ITEMS = 1 << 24, 1 << 16  # 64 clients at once are the bench's own doing
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """As typed. Raises SettingsInvalid for what contradicts itself."""
+
+    geometry: str | None = None
+    layers: int | None = None
+    vision_layers: int | None = None
+    artifact: str | None = None
+    dtype: Dtype = "auto"
+    groups: str = "1,8,16"
+    rounds: int = 3
+    concurrency: str = "1,4,16,64"
+    as_json: bool = False
+    plot: Path | None = None
+    noise: bool = False
+    work: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.geometry is not None and self.artifact is not None:
+            raise SettingsInvalid("--geometry makes an artifact and --artifact names one; choose one of them")
+        if self.geometry is None and (self.layers or self.vision_layers or self.work):
+            raise SettingsInvalid("--layers, --vision-layers and --work belong to --geometry")
+        if self.noise and self.plot is not None:
+            raise SettingsInvalid("--noise measures nothing that --plot could draw")
+
+
+def bench(options: Options, geometries: dict[str, Geometry] | None = None) -> int:
+    """Measure, print, and return the exit code."""
+    sizes, levels = read_numbers("--groups", options.groups), read_numbers("--concurrency", options.concurrency, none=True)
+    if options.plot is not None:
+        check_plot(options.plot)
+    with _progress() as report, _artifact(options, geometries or GEOMETRIES, report) as (model, name):
+        settings = bench_settings(model, options.dtype)
+        if max(sizes) > settings.max_captions:
+            raise SettingsInvalid(f"--groups {max(sizes)}: a request has at most {settings.max_captions} captions (PUNCHLINE_MAX_CAPTIONS)")
+        if options.noise:
+            noise = run_noise(settings, options.rounds, report)
+        else:
+            found = run_ways(Plan(name, settings, sizes, options.rounds, levels), report)
+    return show_noise(noise, name, options) if options.noise else show(found, options)
+
+
+def show(report: Report, options: Options) -> int:
+    """Draw and print; returns the exit code."""
+    if options.plot is not None:
+        write_plot(report, options.plot)
+    _print(tables_of(report), report.as_dict() if options.as_json else None)
+    return 1 if report.disagreeing else 0
+
+
+def show_noise(noise: NoiseRun, name: str, options: Options) -> int:
+    """Print; returns the exit code."""
+    shown = noise_tables(noise.report, noise.hardware, f"{name}: {noise.heading}")
+    _print(shown, noise.as_dict(name) if options.as_json else None)
+    return 0 if noise.report.holds else 1
+
+
+def bench_settings(model: str, dtype: Dtype, *, deterministic: bool | None = None) -> Settings:
+    """The environment's settings for a server that refuses nothing the bench asks."""
+    return load_settings(
+        model=model,
+        dtype=None if dtype == "auto" else dtype,
+        deterministic=deterministic,
+        max_timeout_ms=_TIMEOUT_MS,
+        max_queue_tokens=_MAX_QUEUE_TOKENS,
+        max_queue_items=_MAX_QUEUE_ITEMS,
+    )
+
+
+def read_numbers(option: str, text: str, *, none: bool = False) -> tuple[int, ...]:
+    """`1,8,16`, ascending and each once; with `none` the empty text is none. Raises SettingsInvalid."""
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(part.isascii() and part.isdigit() and int(part) for part in parts) or not (parts or none):
+        raise SettingsInvalid(f"{option} {text!r}: expected positive numbers with commas, like 1,8,16")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+@contextmanager
+def _artifact(options: Options, geometries: dict[str, Geometry], report: Callable[[str], None]) -> Iterator[tuple[str, str]]:
+    """Where the artifact lies and what the table calls it; one that is made goes with its temporary folder."""
+    if options.geometry is None:
+        name = options.artifact or "demo"
+        yield name, name
+        return
+    if options.geometry not in geometries:
+        raise SettingsInvalid(f"--geometry {options.geometry}: expected one of {', '.join(geometries)}")
+    geometry = geometries[options.geometry].shortened(options.layers, options.vision_layers)
+    folder = f"{options.geometry}-{geometry.layers}-{geometry.vision_layers}"
+    with _folder(options.work) as work:
+        root = write_artifact(geometry, work / folder, lambda share: report(f"writing random weights, {share:.0%}"))
+        yield str(root), options.geometry
+
+
+@contextmanager
+def _folder(work: Path | None) -> Iterator[Path]:
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+        yield work
+        return
+    with tempfile.TemporaryDirectory(prefix="punchline-bench-") as name:
+        yield Path(name)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """One line on stderr that says what is being done."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda text: progress.update(task, description=text)
+
+
+def _print(shown: RenderableType, told: object | None) -> None:
+    if told is None:
+        console = Console()
+        Console(width=max(console.width, WIDTH)).print(shown, highlight=False, soft_wrap=False)
+    else:
+        print(json.dumps(told, indent=2))

@@ -1,0 +1,157 @@
+"""The whole server in a thread of this process, on a port of the loopback interface, and a client that asks it.
+
+Whoever starts it gets the running server's own parts as well, so that direct calls and HTTP share one loaded model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import torch
+import uvicorn
+
+from app.bench.memory import Peak, PeakMemory, weights_bytes
+from app.bench.workload import Request
+from app.contracts import Scores
+from app.errors import ScoringFailed
+from app.machine import num_processors
+from app.main import Runtime, running
+from app.model import resolve_device
+from app.serving import application
+from app.settings import Settings
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Startup:
+    """What it cost until the server was ready: everything, from opening the artifact to the self-test."""
+
+    seconds: float
+    peak: Peak | None  # None where the system does not tell
+
+
+@dataclass(frozen=True, slots=True)
+class Loopback:
+    """A server that answers, and its insides."""
+
+    runtime: Runtime
+    url: str
+    startup: Startup
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The settings may come from an environment with a key."""
+        keys = self.runtime.settings.api_keys
+        return {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that says when it answers."""
+
+    def __init__(self, config: uvicorn.Config, found: Future[Loopback], loopback: Loopback) -> None:
+        super().__init__(config)
+        self._found = found
+        self._loopback = loopback
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._found.set_result(self._loopback)
+
+
+@contextmanager
+def serving(settings: Settings) -> Iterator[Loopback]:
+    """Load, self-test and serve until left; then drain. Raises StartRefused as `punchline serve` would.
+
+    torch keeps its number of threads for each thread by itself: the caller's is made that of the server's.
+    """
+    torch.set_num_threads(settings.num_threads or num_processors())
+    found: Future[Loopback] = Future()
+    stop = threading.Event()
+    thread = threading.Thread(target=_run, args=(settings, found, stop), name="loopback server")
+    thread.start()
+    try:
+        yield found.result()
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _run(settings: Settings, found: Future[Loopback], stop: threading.Event) -> None:
+    try:
+        asyncio.run(_serve(settings, found, stop))
+    except BaseException as error:
+        if found.done():
+            raise
+        found.set_exception(error)
+
+
+async def _serve(settings: Settings, found: Future[Loopback], stop: threading.Event) -> None:
+    async with AsyncExitStack() as stack:
+        with PeakMemory(torch.device(resolve_device(settings.device))) as memory:
+            began = time.perf_counter()
+            runtime = await stack.enter_async_context(running(settings))
+            seconds = time.perf_counter() - began
+        peak = memory.peak(weights_bytes(runtime.artifact.base_path, runtime.loaded.dtype))
+        # the protocol is named because asyncio turns Nagle's delay off only for sockets that name it: else 40 ms an answer
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+            listener.bind((HOST, 0))
+            url = f"http://{HOST}:{listener.getsockname()[1]}"
+            config = uvicorn.Config(application(runtime), log_config=None, access_log=False, server_header=False)
+            server = _Server(config, found, Loopback(runtime, url, Startup(seconds, peak)))
+            serve = asyncio.create_task(server.serve(sockets=[listener]))
+            await asyncio.wait({serve, asyncio.create_task(asyncio.to_thread(stop.wait))}, return_when=asyncio.FIRST_COMPLETED)
+            server.should_exit = True
+            await serve
+
+
+class Client:
+    """Asks a loopback server, one request after the other."""
+
+    def __init__(self, loopback: Loopback) -> None:
+        self._timeout_ms = loopback.runtime.settings.max_timeout_ms
+        timeout = httpx.Timeout(self._timeout_ms / 1000 + 5)
+        self._http = httpx.Client(base_url=loopback.url, headers=loopback.headers, timeout=timeout)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def send_bytes(self, request: Request) -> tuple[Scores, str]:
+        """Image, prompt and captions in one form. Returns the scores and the image's id."""
+        fields = {"prompt": request.prompt, "caption": list(request.captions), "timeout_ms": str(self._timeout_ms)}
+        answer = self._http.post("/score", data=fields, files={"image": ("cartoon.png", request.image, "image/png")})
+        told = read_answer(answer)
+        return scores_of(told), str(told["image_id"])
+
+    def send_id(self, image_id: str, request: Request) -> Scores:
+        """The image by its id."""
+        return scores_of(read_answer(self._http.post("/score", json=json_body(image_id, request, self._timeout_ms))))
+
+
+def json_body(image_id: str, request: Request, timeout_ms: int) -> dict[str, Any]:
+    return {"image": image_id, "prompt": request.prompt, "captions": list(request.captions), "timeout_ms": timeout_ms}
+
+
+def read_answer(answer: httpx.Response) -> dict[str, Any]:
+    """The body of a success. Raises ScoringFailed with what the server said instead."""
+    told: dict[str, Any] = answer.json()
+    if answer.status_code != 200:
+        raise ScoringFailed(f"the server answered {answer.status_code}: {told.get('error', {}).get('message', 'no reason')}")
+    return told
+
+
+def scores_of(told: dict[str, Any]) -> Scores:
+    usage = told["usage"]
+    return Scores(tuple(told["scores"]), usage["tokens"], usage["computed_tokens"], usage["cached_tokens"])

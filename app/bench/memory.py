@@ -1,0 +1,115 @@
+"""Peak memory of this process or its GPU since a moment, and what the weights of a base need."""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+
+from app.machine import available_bytes
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+_UNUSED = {"lm_head.weight"}
+_WATCH_S = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Memory held at a moment: all of it, and what of it the kernel cannot take back by forgetting a mapped file."""
+
+    all_bytes: int
+    own_bytes: int
+
+    def __or__(self, other: Held) -> Held:
+        return Held(max(self.all_bytes, other.all_bytes), max(self.own_bytes, other.own_bytes))
+
+    def __sub__(self, other: Held) -> Held:
+        return Held(self.all_bytes - other.all_bytes, self.own_bytes - other.own_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The most that a stretch of work took at once, beyond what was held before it."""
+
+    all_bytes: int
+    own_bytes: int
+    weights_bytes: int
+
+    @property
+    def over_weights(self) -> float:
+        """Share of the weights that was needed on top of them; mapped files count."""
+        return self.all_bytes / self.weights_bytes - 1
+
+    @property
+    def own_over_weights(self) -> float:
+        return self.own_bytes / self.weights_bytes - 1
+
+
+class PeakMemory:
+    """Watches a `with` block from a thread of its own.
+
+    The kernel's high-water mark alone does not do: a server that starts resets it for measurements of its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="memory watch", daemon=True)
+        self._before = self._most = held_now(device)
+
+    def __enter__(self) -> PeakMemory:
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._watcher.join()
+
+    def peak(self, weights_bytes: int) -> Peak | None:
+        """None where the system does not tell."""
+        if self._most is None or self._before is None:
+            return None
+        more = self._most - self._before
+        return Peak(more.all_bytes, more.own_bytes, weights_bytes)
+
+    def _watch(self) -> None:
+        while self._most is not None and not self._done.wait(_WATCH_S):
+            self._most |= held_now(self._device) or self._most
+
+
+def held_now(device: torch.device) -> Held | None:
+    """By this process on its GPU, else in main memory; None where the system does not tell."""
+    if device.type == "cuda":
+        count = torch.cuda.memory_allocated(device)
+        return Held(count, count)
+    return read_held(Path("/proc/self/status"))
+
+
+def read_held(status: Path) -> Held | None:
+    """Resident and anonymous memory (proc(5)); None for a file that is missing or says neither."""
+    try:
+        text = status.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    found = dict(re.findall(r"^(VmRSS|RssAnon):\s*(\d+) kB$", text, re.MULTILINE))
+    return Held(int(found["VmRSS"]) * 1024, int(found["RssAnon"]) * 1024) if len(found) == 2 else None
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that another model could have."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+
+
+def weights_bytes(base_path: Path, dtype: Literal["float32", "bfloat16"]) -> int:
+    """What the base's weights take in a number format, from the headers of its files."""
+    count = 0
+    for path in base_path.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as stream:
+            shapes = [stream.get_slice(name).get_shape() for name in stream.keys() if name not in _UNUSED]  # noqa: SIM118 (no mapping)
+        count += sum(torch.Size(shape).numel() for shape in shapes)
+    return count * _ITEM_BYTES[dtype]

@@ -1,0 +1,214 @@
+"""All that a run of the bench found, with the ratios it stands for: for people as tables, for machines as one object.
+
+A ratio of a way whose scores are not those of the plain way is refused everywhere, and so is what rests on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from app.bench.limit import Rate
+from app.bench.load import Level
+from app.bench.loopback import Startup
+from app.bench.overhead import Overhead
+from app.bench.ways import COLD, PADDED, PLAIN, WARM, Measured, Row
+from app.hardware import Hardware
+
+MAX_DIFFERENCE = 1e-4  # of two scores in float32
+MAX_SHARE_OF_SPREAD = 0.5  # of two scores in bfloat16, as a share of the spread within a group
+GROUP_SIZE = 8  # what the numbers to hold speak of
+GPU_GROUP_SIZE = 16
+MEANT = "qwen2.5-vl-3b"  # at whole depth and in bfloat16: what the numbers to hold were set for
+_MEANT_LAYERS = (36, 32)
+_MIN_WEIGHTS_BYTES = 1 << 30  # below, the process itself is larger than any share of them
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Of one cold group, as the artifact's own encoder counts them."""
+
+    image: int
+    prefix: int  # the image's among them
+    shortest: int  # a caption's own
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What was measured."""
+
+    model: str
+    layers: int
+    vision_layers: int
+    hidden: int
+    dtype: Literal["float32", "bfloat16"]
+    fingerprint: str
+    tokens: Tokens
+    rounds: int
+
+    @property
+    def shape(self) -> str:
+        return f"{self.layers} text layers of {self.hidden}, {self.vision_layers} vision layers"
+
+    @property
+    def is_meant(self) -> bool:
+        """Whether the numbers to hold were set for this."""
+        return (self.model, (self.layers, self.vision_layers), self.dtype) == (MEANT, _MEANT_LAYERS, "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A number to hold. `found` is None where it was refused."""
+
+    what: str
+    wanted: float
+    unit: str  # "x", "%", "ms", ..
+    at_least: bool
+    found: float | None
+
+    @property
+    def passed(self) -> bool:
+        if self.found is None:
+            return False
+        return self.found >= self.wanted if self.at_least else self.found <= self.wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One run of the bench."""
+
+    hardware: Hardware
+    subject: Subject
+    rate: Rate
+    startup: Startup
+    load_s: float | None  # of a second, untouched load of the same artifact; None where memory was missing
+    measured: Measured
+    levels: tuple[Level, ...]
+    overhead: Overhead
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tolerance(self) -> float | None:
+        """The largest difference to the plain way that counts as rounding; None without a plain way."""
+        if self.measured.spread is None:
+            return None
+        return MAX_DIFFERENCE if self.subject.dtype == "float32" else MAX_SHARE_OF_SPREAD * self.measured.spread
+
+    @property
+    def difference(self) -> float | None:
+        found = [row.difference for row in self.measured.rows if row.difference is not None]
+        return max(found) if found else None
+
+    @property
+    def disagreeing(self) -> list[Row]:
+        return [row for row in self.measured.rows if row.difference is not None and not self._is_rounding(row)]
+
+    @property
+    def ready_s(self) -> float | None:
+        """From weights in memory to ready: all of the start less what a load takes."""
+        return None if self.load_s is None else max(0.0, self.startup.seconds - self.load_s)
+
+    def ratio(self, row: Row, reference: str) -> float | None:
+        """How many times faster a way is than another at its size, by medians; None when either's scores are not the plain way's."""
+        other = self.measured.find(reference, row.num_captions)
+        if other is None or not (self._is_rounding(row) and self._is_rounding(other)):
+            return None
+        return other.seconds / row.seconds
+
+    def share_of_limit(self, row: Row) -> float:
+        return row.flops_per_s / self.rate.best
+
+    def holds(self) -> list[Hold]:
+        """The numbers to hold that this run says something about."""
+        groups = [
+            *self._ratio_holds(COLD, GROUP_SIZE, PLAIN, 6.5),
+            *self._ratio_holds(COLD, GROUP_SIZE, PADDED, 7.5),
+            *self._ratio_holds(WARM, GROUP_SIZE, PLAIN, 15.0),
+            *self._ratio_holds(COLD, 1, PLAIN, 1.0),
+        ]
+        return [*groups, *self._limit_holds(), *self._precision_holds(), *self._server_holds(), *self._start_holds()]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything the tables show; refused ratios are null."""
+        return {
+            "hardware": self.hardware.as_dict(),
+            "subject": asdict(self.subject),
+            "matrix_rate": asdict(self.rate) | {"best": self.rate.best},
+            "ways": [self._row_dict(row) for row in self.measured.rows],
+            "agreement": {
+                "largest_difference": self.difference,
+                "tolerance": self.tolerance,
+                "spread": self.measured.spread,
+                "agrees": not self.disagreeing,
+            },
+            "startup": self._startup_dict(),
+            "load": [asdict(level) for level in self.levels],
+            "overhead": asdict(self.overhead),
+            "holds": [asdict(hold) | {"passed": hold.passed} for hold in self.holds()],
+            "notes": list(self.notes),
+        }
+
+    def _is_rounding(self, row: Row) -> bool:
+        return row.difference is not None and self.tolerance is not None and row.difference <= self.tolerance
+
+    def _row_dict(self, row: Row) -> dict[str, Any]:
+        last = row.runs[-1]
+        return {
+            "way": row.way,
+            "captions": row.num_captions,
+            "seconds": {"median": row.seconds, "min": row.fastest_s, "max": row.slowest_s, "all": [run.seconds for run in row.runs]},
+            "captions_per_s": row.num_captions / row.seconds,
+            "tokens": {"requested": last.num_tokens, "computed": last.num_computed_tokens, "cached": last.num_cached_tokens},
+            "flops": last.flops,
+            "share_of_limit": self.share_of_limit(row),
+            "times_plain": self.ratio(row, PLAIN),
+            "times_padded": self.ratio(row, PADDED),
+            "largest_difference": row.difference,
+        }
+
+    def _startup_dict(self) -> dict[str, Any]:
+        peak = self.startup.peak
+        memory = None if peak is None else asdict(peak) | {"over_weights": peak.over_weights, "own_over_weights": peak.own_over_weights}
+        return {"whole_s": self.startup.seconds, "load_s": self.load_s, "ready_after_load_s": self.ready_s, "memory": memory}
+
+    def _ratio_holds(self, way: str, size: int, reference: str, wanted: float) -> list[Hold]:
+        row = self.measured.find(way, size)
+        if row is None or self.measured.find(reference, size) is None:
+            return []
+        name = "a single caption" if size == 1 else f"a group of {size}"
+        return [Hold(f"{name}, {way.removeprefix('shared prefix, ')}, against {reference}", wanted, "x", True, self.ratio(row, reference))]
+
+    def _limit_holds(self) -> list[Hold]:
+        on_gpu = self.hardware.device.startswith("cuda")
+        size, share = (GPU_GROUP_SIZE, 50.0) if on_gpu else (GROUP_SIZE, 70.0)
+        row, known = self.measured.find(COLD, size), self.measured.find(WARM, size)
+        if row is None or known is None:
+            return []
+        of_limit = Hold(f"a group of {size}, cold, share of the matrix rate", share, "%", True, 100 * self.share_of_limit(row))
+        speeds = [("cold", row, 1000.0), ("warm", known, 1800.0)] if on_gpu else []
+        return [of_limit, *(Hold(f"groups of {size}, {n}, captions a second", w, "/s", True, size / r.seconds) for n, r, w in speeds)]
+
+    def _precision_holds(self) -> list[Hold]:
+        if self.subject.dtype != "float32" or self.difference is None:
+            return []
+        return [Hold("largest difference to the plain way, float32", MAX_DIFFERENCE, "", False, self.difference)]
+
+    def _server_holds(self) -> list[Hold]:
+        over = Hold(f"HTTP, queue and encoding on top of the scorer, p50 ({self.overhead.model})", 5.0, "ms", False, self.overhead.p50_ms)
+        last = self.levels[-1] if self.levels else None
+        if last is None or last.idle_share is None:
+            return [over]
+        return [over, Hold(f"device idle with {last.num_clients} clients", 3.0, "%", False, 100 * last.idle_share)]
+
+    def _start_holds(self) -> list[Hold]:
+        found = [] if self.ready_s is None else [Hold("ready after the weights are in memory", 10.0, "s", False, self.ready_s)]
+        if self.startup.peak is not None and self.startup.peak.weights_bytes >= _MIN_WEIGHTS_BYTES:
+            found.append(Hold("memory over the weights", 15.0, "%", False, 100 * self.startup.peak.over_weights))
+        return found
+
+
+def tokens_of(prefix: int, image: int, lengths: Sequence[int]) -> Tokens:
+    """From the lengths of whole rows."""
+    return Tokens(image, prefix, min(lengths) - prefix, max(lengths) - prefix)

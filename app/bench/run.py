@@ -1,0 +1,121 @@
+"""One run of the bench: start the server, load the model a second time as it is, measure everything, in one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from app.artifacts import open_artifact
+from app.bench.flops import Shapes
+from app.bench.limit import measure_rate
+from app.bench.load import measure_load
+from app.bench.loopback import Client, Loopback, serving
+from app.bench.memory import free_bytes, weights_bytes
+from app.bench.overhead import Overhead, measure_overhead
+from app.bench.report import Report, Subject, Tokens, tokens_of
+from app.bench.ways import Contestants, measure_ways
+from app.bench.workload import Workload
+from app.contracts import Scorer
+from app.encoding import load_encoder
+from app.errors import SettingsInvalid
+from app.hardware import find_hardware
+from app.main import Runtime, image_limits
+from app.model import RewardModel, load_model, read_base_config
+from app.settings import Settings
+
+MIN_FREE = 1.1  # of the weights, for a second copy of them
+_SMALLEST = "demo"  # the bundled model, whose forward is short
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure."""
+
+    name: str  # of the model, in the table
+    settings: Settings
+    sizes: tuple[int, ...]
+    rounds: int
+    levels: tuple[int, ...]
+    num_pairs: int = 200  # of requests and direct calls that the overhead is the difference of
+
+
+def run_ways(plan: Plan, report: Callable[[str], None]) -> Report:
+    """Everything but the noise. Raises StartRefused, ApiError."""
+    report("starting the server")
+    with serving(plan.settings) as loopback:
+        runtime = loopback.runtime
+        device = torch.device(runtime.loaded.device)
+        shapes = Shapes.of(read_base_config(runtime.artifact.base_path))
+        report("measuring the machine's matrix rate")
+        rate = measure_rate(shapes, getattr(torch, runtime.loaded.dtype), device)
+        report("loading the model a second time, as it is")
+        baseline, load_s = load_baseline(runtime)
+        workload = make_workload(runtime)
+        tokens = count_tokens(workload)
+        with Client(loopback) as client:
+            who = Contestants(baseline, scorer_of(runtime), client, workload, shapes, device)
+            measured = measure_ways(who, plan.sizes, plan.rounds, report)
+        report("measuring the machine's matrix rate again")
+        rate |= measure_rate(shapes, getattr(torch, runtime.loaded.dtype), device)
+        levels = measure_load(loopback, workload, plan.levels, report)
+        report("measuring what HTTP, queue and encoding add")
+        return Report(
+            hardware=find_hardware(device),
+            subject=Subject(
+                plan.name,
+                shapes.layers,
+                shapes.vision_layers,
+                shapes.hidden,
+                runtime.loaded.dtype,
+                runtime.loaded.fingerprint,
+                tokens,
+                plan.rounds,
+            ),
+            rate=rate,
+            startup=loopback.startup,
+            load_s=load_s,
+            measured=measured,
+            levels=tuple(levels),
+            overhead=_overhead(plan, loopback),
+            notes=() if baseline else ("no memory for a second copy of the model: neither plain way was measured, no ratio can be told",),
+        )
+
+
+def load_baseline(runtime: Runtime) -> tuple[RewardModel | None, float | None]:
+    """The same artifact as transformers loads it, and the seconds that took, hashes included; None where it does not fit."""
+    device = torch.device(runtime.loaded.device)
+    free, needed = free_bytes(device), weights_bytes(runtime.artifact.base_path, runtime.loaded.dtype)
+    if free is not None and free < MIN_FREE * needed:
+        return None, None
+    settings, began = runtime.settings, time.perf_counter()
+    artifact = open_artifact(settings.model, base_model=settings.base_model, offline=settings.offline)
+    loaded = load_model(artifact, device=runtime.loaded.device, dtype=runtime.loaded.dtype, lora=settings.lora)
+    return loaded.model, time.perf_counter() - began
+
+
+def make_workload(runtime: Runtime, seed: int = 0) -> Workload:
+    """By the artifact's own encoder. Raises SettingsInvalid for a model without a vision tower."""
+    encoder = load_encoder(runtime.artifact)
+    if not encoder.takes_images:
+        raise SettingsInvalid(f"{runtime.artifact.root}: the bench measures captions of images, this model takes none")
+    return Workload(encoder, image_limits(runtime.settings), seed)
+
+
+def scorer_of(runtime: Runtime) -> Scorer:
+    """The server's own, to be called while the server is idle."""
+    return runtime.scorer
+
+
+def count_tokens(workload: Workload) -> Tokens:
+    group = workload.encode(workload.request(8))
+    return tokens_of(group.num_prefix, group.image.num_tokens if group.image else 0, [len(row) for row in group.rows])
+
+
+def _overhead(plan: Plan, loopback: Loopback) -> Overhead:
+    if plan.settings.model == _SMALLEST:
+        return measure_overhead(loopback, scorer_of(loopback.runtime), make_workload(loopback.runtime, 1), plan.num_pairs)
+    with serving(plan.settings.model_copy(update={"model": _SMALLEST, "base_model": None})) as small:
+        return measure_overhead(small, scorer_of(small.runtime), make_workload(small.runtime, 1), plan.num_pairs)

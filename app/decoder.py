@@ -1,0 +1,164 @@
+"""The decoder layers of Qwen2 and Qwen2.5-VL over packed prefixes and suffixes: transformers' weights, our own forward.
+
+A segment (a prefix or a suffix) looks at itself; a suffix also at its prefix, whose keys and values are kept for later batches.
+The last layer computes nothing but keys, values and what the pooled tokens need. The slow twin is transformers' own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.layers import norm, plus, rotate, silu, times
+from app.varlen import Segments, attend, merge
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Suffix tokens, consecutive in the packed order, and the prefix they all look at."""
+
+    num_queries: int
+    num_pooled: int  # of these queries, how many are the last of their row
+    keys_values: Tensor  # [layers, 2, prefix or more, kv_heads, head_dim]
+    num_prefix: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewPrefix:
+    """A prefix computed in this batch: where its keys and values go."""
+
+    start: int
+    keys_values: Tensor  # [layers, 2, tokens, kv_heads, head_dim], written to
+
+    @property
+    def stop(self) -> int:
+        return self.start + int(self.keys_values.shape[2])
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """How the tokens of a batch lie: new prefixes first, then every suffix, those of one prefix together."""
+
+    prefix_lengths: tuple[int, ...]
+    suffix_lengths: tuple[int, ...]
+    new_prefixes: tuple[NewPrefix, ...]
+    reaches: tuple[Reach, ...]  # cover the suffixes in order
+    pooled: Tensor  # [rows] the last token of each suffix
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return sum(self.prefix_lengths)
+
+
+class Decoder:
+    """Runs the layers of a transformers text model (`layers`, `norm`, `rotary_emb`) on packed tokens. Inference only."""
+
+    def __init__(self, text_model: Any, layers: Sequence[Any] | None = None) -> None:
+        """`layers`: run only these of the model's; the last of them computes what the pooled tokens need."""
+        self._model = text_model
+        self._layers = list(text_model.layers if layers is None else layers)
+        attention = self._layers[0].self_attn
+        self._head_dim = int(attention.head_dim)
+        self._num_kv_heads = int(text_model.config.num_key_value_heads)
+        self._scale = float(attention.scaling)
+
+    def new_keys_values(self, num_tokens: int) -> Tensor:
+        """Room for the keys and values of a prefix."""
+        weight = self._model.norm.weight
+        shape = (len(self._layers), 2, num_tokens, self._num_kv_heads, self._head_dim)
+        return torch.empty(shape, dtype=weight.dtype, device=weight.device)
+
+    def forward(self, embedded: Tensor, positions: Tensor, arrangement: Arrangement) -> Tensor:
+        """[tokens, hidden] and positions [3, tokens] (one axis for text) to the normed states of the pooled tokens, [rows, hidden]."""
+        cos, sin = self._angles(embedded, positions)
+        device = embedded.device
+        everywhere = _Pass(arrangement, device, last=False)
+        hidden = embedded
+        for number, layer in enumerate(self._layers[:-1]):
+            hidden = self._layer(layer, number, hidden, hidden, cos, sin, cos, sin, everywhere)
+        pooled = arrangement.pooled
+        number, layer = len(self._layers) - 1, self._layers[-1]
+        hidden = self._layer(
+            layer, number, hidden, hidden[pooled], cos, sin, cos[pooled], sin[pooled], _Pass(arrangement, device, last=True)
+        )
+        return norm(hidden, self._model.norm)
+
+    def _angles(self, embedded: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, [tokens, 1, head_dim / 2] each: both halves of a head turn by the same angles."""
+        position_ids = positions.unsqueeze(1) if positions.dim() == 2 else positions.unsqueeze(0)
+        cos, sin = self._model.rotary_emb(embedded.unsqueeze(0), position_ids)  # [1, tokens, head_dim]
+        half = self._head_dim // 2
+        return cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
+
+    def _layer(
+        self,
+        layer: Any,
+        number: int,
+        hidden: Tensor,  # [tokens, hidden]
+        asking: Tensor,  # [queries, hidden] those of `hidden` that go on
+        cos: Tensor,
+        sin: Tensor,
+        asking_cos: Tensor,
+        asking_sin: Tensor,
+        where: _Pass,
+    ) -> Tensor:
+        attention, mlp = layer.self_attn, layer.mlp
+        normed = norm(hidden, layer.input_layernorm)
+        normed_asking = normed if asking is hidden else norm(asking, layer.input_layernorm)
+        key = rotate(self._heads(attention.k_proj(normed)), cos, sin)
+        value = self._heads(attention.v_proj(normed))
+        where.keep(number, key, value)
+        if not len(asking):
+            return asking  # a prefix by itself: its last layer ends here
+        query = rotate(self._heads(attention.q_proj(normed_asking)), asking_cos, asking_sin)
+        attended = where.attend(number, query, key, value, self._scale)
+        asking = plus(attention.o_proj, attended.reshape(len(asking), -1), asking)
+        inner = norm(asking, layer.post_attention_layernorm)
+        return plus(mlp.down_proj, times(mlp.up_proj, inner, silu(mlp.gate_proj, inner)), asking)
+
+    def _heads(self, flat: Tensor) -> Tensor:
+        return flat.view(len(flat), -1, self._head_dim)
+
+
+class _Pass:
+    """Who looks at whom in a layer: every token in most, only the pooled ones in the last. Built once, used by each layer."""
+
+    def __init__(self, arrangement: Arrangement, device: torch.device, *, last: bool) -> None:
+        self._arrangement = arrangement
+        suffixes = arrangement.suffix_lengths
+        self._first_query = 0 if last else arrangement.num_prefix_tokens  # of the suffixes, among the queries
+        self._own_keys = slice(arrangement.num_prefix_tokens if last else 0, None)
+        self._own = (
+            Segments.of([1] * len(suffixes), suffixes, device)
+            if last
+            else Segments.of([*arrangement.prefix_lengths, *suffixes], None, device)
+        )
+        reaches = arrangement.reaches
+        self._across = Segments.of(
+            [reach.num_pooled if last else reach.num_queries for reach in reaches], [reach.num_prefix for reach in reaches], device
+        )
+
+    def keep(self, number: int, key: Tensor, value: Tensor) -> None:
+        """Put the keys and values of new prefixes where they stay."""
+        for new in self._arrangement.new_prefixes:
+            new.keys_values[number, 0] = key[new.start : new.stop]
+            new.keys_values[number, 1] = value[new.start : new.stop]
+
+    def attend(self, number: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """[queries, heads, head_dim], own segment and prefix together."""
+        own, own_lse = attend(query, key[self._own_keys], value[self._own_keys], self._own, causal=True, scale=scale)
+        start, reaches = self._first_query, self._arrangement.reaches
+        if start == len(query):
+            return own
+        kept_key, kept_value = (_joined([reach.keys_values[number, which, : reach.num_prefix] for reach in reaches]) for which in (0, 1))
+        over, over_lse = attend(query[start:], kept_key, kept_value, self._across, causal=False, scale=scale)
+        suffixes = merge(own[start:], own_lse[start:], over, over_lse)
+        return suffixes if start == 0 else torch.cat([own[:start], suffixes])
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

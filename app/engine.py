@@ -1,0 +1,224 @@
+"""The serving forward: the distinct rows of several groups, some with kept prefixes, to scores. Knows tensors, not requests or caches.
+
+Its slow twins are `score_shared` (the same packing through transformers) and `score_plain` (one forward a caption).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from app.contracts import EncodedImage, Ids
+from app.decoder import Arrangement, Decoder, NewPrefix, Reach
+from app.encoding import positions
+from app.errors import OutOfMemory
+from app.layers import prepack
+from app.machine import peak_bytes, reset_peak, resident_bytes
+from app.model import RewardModel
+from app.reuse import Answer, KeptPrefix, Share
+from app.vision import VisionTower
+
+TensorShare = Share[Tensor, Tensor]
+_PRACTICE_ROW = 32
+_KEYS_VALUES_DIM = 5  # [layers, 2, tokens, kv_heads, head_dim]
+_AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the norm: what rounding in other company may move
+
+
+class Engine:
+    """Runs batches on a loaded model, whose linear layers it prepacks where that helps. Call it from one thread."""
+
+    def __init__(self, model: RewardModel) -> None:
+        self._model = model
+        backbone = model.backbone
+        self.num_prepacked = prepack(backbone)
+        self._text = backbone.language_model if model.takes_images else backbone
+        self._decoder = Decoder(self._text)
+        self._vision = VisionTower(backbone.visual) if model.takes_images else None
+        self._embed = backbone.get_input_embeddings()
+
+    @torch.inference_mode()
+    def image_features(self, image: EncodedImage) -> Tensor:
+        """What the vision tower makes of one picture by itself, [image tokens, hidden]. Raises OutOfMemory."""
+        if self._vision is None:
+            raise ValueError("a text-only model takes no image")
+        with _memory_named():
+            return self._vision.features(self._on_device(image.patches), image.grid_thw)
+
+    @torch.inference_mode()
+    def forward(self, shares: Sequence[TensorShare]) -> list[Answer[Tensor]]:
+        """The scores of every row, and each share's prefix to be kept. Raises OutOfMemory."""
+        return self._run(shares, self._decoder)
+
+    def _run(self, shares: Sequence[TensorShare], decoder: Decoder) -> list[Answer[Tensor]]:
+        with _memory_named():
+            lots = [self._lot(share, decoder) for share in shares]
+            arrangement = self._arrange(lots)
+            embedded = self._embedded(lots)
+            where = self._on_device(np.concatenate([*(lot.prefix_positions for lot in lots), *_suffix_positions(lots)], axis=1))
+            pooled = decoder.forward(embedded, where if self._model.takes_images else where[0], arrangement)
+            values = iter(self._model.head(pooled).tolist() if len(pooled) else [])
+        return [Answer(tuple(next(values) for _ in lot.share.rows), lot.prefix) for lot in lots]
+
+    @torch.inference_mode()
+    def measure_bytes_per_token(self, num_tokens: int) -> int:
+        """What a token of a batch takes at most beside the weights, by running a batch of so many. Raises OutOfMemory."""
+        share = _practice(num_tokens)
+        peak = self._peak_on_gpu(share) if self._model.device.type == "cuda" else self._peak_on_cpu(share)
+        return max(-(-peak // num_tokens), self._counted_bytes_per_token())
+
+    def _peak_on_gpu(self, share: TensorShare) -> int:
+        before = torch.cuda.memory_allocated(self._model.device)
+        torch.cuda.reset_peak_memory_stats(self._model.device)
+        self._run([share], self._decoder)
+        return int(torch.cuda.max_memory_allocated(self._model.device) - before)
+
+    def _peak_on_cpu(self, share: TensorShare) -> int:
+        """Two layers stand for all: one comes after another, and only keys and values grow with their number. 0 if nobody tells."""
+        before, was_reset = resident_bytes(), reset_peak()
+        self._run([share], Decoder(self._text, [self._text.layers[0], self._text.layers[-1]]))
+        peak = peak_bytes()
+        if before is None or peak is None or not was_reset:
+            return 0
+        return max(0, peak - before) + self._decoder.new_keys_values(1).nbytes * share.num_prefix
+
+    def _counted_bytes_per_token(self) -> int:
+        """The tensors of a layer that are there at once, in the text model or the vision tower, and the keys and values of all layers."""
+        config, item = self._text.config, self._text.norm.weight.element_size()
+        values = 3 * config.intermediate_size + 8 * config.hidden_size
+        if self._vision is not None:
+            values = max(values, self._vision.num_values_per_token)
+        return int(values * item) + self._decoder.new_keys_values(1).nbytes
+
+    @torch.inference_mode()
+    def agree(self, first: Tensor, second: Tensor, *, exact: bool) -> bool:
+        """Whether two results of the same computation are equal, or differ by no more than rounding in other company does."""
+        if first.dim() == _KEYS_VALUES_DIM == second.dim():  # a kept prefix may be the longer one
+            length = min(first.shape[2], second.shape[2])
+            first, second = first[:, :, :length], second[:, :, :length]
+        if first.shape != second.shape:
+            return False
+        if exact:
+            return torch.equal(first, second)
+        difference = (first.float() - second.float()).norm()
+        return bool(difference <= _AGREEMENT[first.dtype] * first.float().norm())
+
+    def _lot(self, share: TensorShare, decoder: Decoder) -> _Lot:
+        """Where a share is split: at its own prefix, or earlier where the kept one ends."""
+        image, kept = share.image, share.kept
+        split = share.num_prefix if kept is None else min(share.num_prefix, len(kept.ids))
+        ids = share.prefix_ids[:split]
+        if image is not None and int((ids == self._model.image_token_id).sum()) != image.num_tokens:
+            raise ValueError("the image does not lie whole in the shared prefix")
+        if kept is not None:
+            return _Lot(share, split, kept, _NO_POSITIONS, self._delta(share))
+        if (image is None) != (share.features is None):
+            raise ValueError("a new prefix needs the features of its image")
+        where = positions(ids, image, self._model.image_token_id, self._model.merge_size)
+        keys_values = decoder.new_keys_values(split)
+        return _Lot(share, split, KeptPrefix(ids, keys_values, keys_values.nbytes), where, self._delta(share))
+
+    def _delta(self, share: TensorShare) -> int:
+        """What positions behind the image differ by from the index: an image spans its longer side, not its tokens."""
+        if share.image is None:
+            return 0
+        _, rows, columns = share.image.grid_thw
+        return max(rows, columns) // self._model.merge_size - share.image.num_tokens
+
+    def _arrange(self, lots: Sequence[_Lot]) -> Arrangement:
+        start, new = 0, []
+        for lot in lots:
+            if lot.num_new:
+                new.append(NewPrefix(start, lot.prefix.keys_values))
+                start += lot.num_new
+        lengths = [lot.suffix_lengths for lot in lots]
+        flat = tuple(length for row in lengths for length in row)
+        return Arrangement(
+            prefix_lengths=tuple(lot.num_new for lot in lots if lot.num_new),
+            suffix_lengths=flat,
+            new_prefixes=tuple(new),
+            reaches=tuple(
+                Reach(sum(own), len(own), lot.prefix.keys_values, lot.split) for lot, own in zip(lots, lengths, strict=True) if own
+            ),
+            pooled=self._on_device(start + np.cumsum(flat, dtype=np.int64) - 1),
+        )
+
+    def _embedded(self, lots: Sequence[_Lot]) -> Tensor:
+        """[tokens, hidden] of new prefixes and then of all suffixes, pictures in their places."""
+        prefixes = [lot.prefix.ids for lot in lots if lot.num_new]
+        suffixes = [row[lot.split :] for lot in lots for row in lot.share.rows]
+        embedded: Tensor = self._embed(self._on_device(np.concatenate([*prefixes, *suffixes])))
+        start = 0
+        for lot in lots:
+            if lot.num_new and lot.share.features is not None:
+                first = start + int(np.argmax(lot.prefix.ids == self._model.image_token_id))
+                embedded[first : first + len(lot.share.features)] = lot.share.features
+            start += lot.num_new
+        return embedded
+
+    def _on_device(self, array: NDArray[Any]) -> Tensor:
+        """Copied without waiting for the device."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.pin_memory().to(self._model.device, non_blocking=True) if self._model.device.type == "cuda" else tensor
+
+
+_NO_POSITIONS = np.zeros((3, 0), dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lot:
+    """A share on its way through the forward."""
+
+    share: TensorShare
+    split: int  # where its rows leave the prefix
+    prefix: KeptPrefix[Tensor]  # kept from before, or to be filled now
+    prefix_positions: Ids  # [3, tokens]; of a kept prefix none
+    delta: int
+
+    @property
+    def num_new(self) -> int:
+        """Prefix tokens to be computed now."""
+        return int(self.prefix_positions.shape[1])
+
+    @property
+    def suffix_lengths(self) -> tuple[int, ...]:
+        return tuple(len(row) - self.split for row in self.share.rows)
+
+
+def _suffix_positions(lots: Sequence[_Lot]) -> Iterator[Ids]:
+    for lot in lots:
+        for row in lot.share.rows:
+            yield np.tile(np.arange(lot.split, len(row), dtype=np.int64) + lot.delta, (3, 1))
+
+
+def _practice(num_tokens: int) -> TensorShare:
+    """A share that computes `num_tokens` tokens: a quarter is the prefix, the rest rows of 32 behind it."""
+    prefix = np.zeros(max(1, num_tokens // 4), dtype=np.int64)
+    lengths = [min(_PRACTICE_ROW, left) for left in range(num_tokens - len(prefix), 0, -_PRACTICE_ROW)]
+    rows = tuple(np.concatenate([prefix, np.full(length, index % 2, dtype=np.int64)]) for index, length in enumerate(lengths))
+    return Share(prefix, rows, None, None, None)
+
+
+@contextmanager
+def _memory_named() -> Iterator[None]:
+    """Whatever torch raises when memory runs out, as one error."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        _release()
+        raise OutOfMemory("the device has no memory left for this batch") from None
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error) and "could not create a primitive" not in str(error):
+            raise
+        raise OutOfMemory("there is no memory left for this batch") from None
+
+
+def _release() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,115 @@
+"""What this process may use of its machine: processors and memory within the container's limits, and how memory is kept.
+
+Linux tells all of it in files; where they are missing, the answer is what Python knows. Knows neither torch nor models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of glibc's mallopt(3)
+_KEEP_BYTES = 1 << 30
+_DONT_NEED = 4  # of madvise(2)
+_GLIBC = re.compile(r"/libc(\.so\.6|-2\.\d+\.so)$", re.MULTILINE)
+_OTHER_ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
+
+
+def num_processors(cgroup: Path = _CGROUP) -> int:
+    """Processors this process may run on at once: its affinity, and the container's quota, whichever is less."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _read(cgroup / "cpu.max").partition(" ")
+    if quota.isdigit() and period.strip().isdigit():
+        allowed = min(allowed, math.ceil(int(quota) / int(period)))
+    return max(1, allowed)
+
+
+def available_bytes(cgroup: Path = _CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Memory this process may still take before the machine or its container runs out; None where nobody tells."""
+    found = [line.split()[1] for line in _read(meminfo).splitlines() if line.startswith("MemAvailable:")]
+    free = int(found[0]) * 1024 if found else None
+    limit, used = _read(cgroup / "memory.max").strip(), _read(cgroup / "memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        left = max(0, int(limit) - int(used) + _reclaimable(cgroup))
+        free = left if free is None else min(free, left)
+    return free
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to reuse large blocks instead of giving them back to the kernel, which would clear each page again.
+
+    A batch allocates the same few tensors over and over. One arena, because the arenas of threads hold no large blocks. Call it
+    before threads start. Returns whether it was done: other allocators keep memory by themselves.
+    """
+    if allocator() != "glibc":
+        return False
+    library = ctypes.CDLL(None)
+    wanted = {_ARENA_MAX: 1, _MMAP_THRESHOLD: _KEEP_BYTES, _TRIM_THRESHOLD: _KEEP_BYTES}
+    done = [bool(library.mallopt(option, value)) for option, value in wanted.items()]
+    return all(done)
+
+
+def allocator(maps: Path = Path("/proc/self/maps")) -> str:
+    """Which memory allocator this process runs on: tcmalloc, jemalloc, mimalloc, glibc, or `system`."""
+    loaded = _read(maps)
+    for name in _OTHER_ALLOCATORS:
+        if name in loaded:
+            return name
+    return "glibc" if sys.platform == "linux" and _GLIBC.search(loaded) else "system"
+
+
+def peak_bytes() -> int | None:
+    """Most memory this process had resident since `reset_peak`, or since it began; None where nobody tells."""
+    found = [line.split()[1] for line in _read(Path("/proc/self/status")).splitlines() if line.startswith("VmHWM:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def resident_bytes() -> int | None:
+    """Memory this process has resident now."""
+    found = [line.split()[1] for line in _read(Path("/proc/self/status")).splitlines() if line.startswith("VmRSS:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def reset_peak() -> bool:
+    """Forget the peak so far (proc(5): 5 to clear_refs); False where the kernel does not let us."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def mapped_files(suffix: str, maps: Path = Path("/proc/self/maps")) -> list[tuple[int, int]]:
+    """Address ranges, first and behind the last byte, of files with this suffix that are mapped into memory. Sorted."""
+    ranges = [line.split()[0].split("-") for line in _read(maps).splitlines() if line.rstrip().endswith(suffix)]
+    return sorted((int(first, 16), int(behind, 16)) for first, behind in ranges)
+
+
+def forget_pages(address: int, num_bytes: int) -> bool:
+    """Give back the whole pages of a part of a mapped file that nobody reads again; the file still holds them (madvise(2)).
+
+    Only for addresses within `mapped_files`: elsewhere the content would be lost. Returns whether it was done.
+    """
+    page = os.sysconf("SC_PAGE_SIZE")
+    first, behind = -(-address // page) * page, (address + num_bytes) // page * page
+    if behind <= first:
+        return False
+    return bool(ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(behind - first), _DONT_NEED) == 0)
+
+
+def _reclaimable(cgroup: Path) -> int:
+    """Cached file pages, which count as used and are given up at once."""
+    lines = dict(line.split() for line in _read(cgroup / "memory.stat").splitlines() if len(line.split()) == 2)
+    return int(lines.get("inactive_file", 0))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""

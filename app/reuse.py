@@ -1,0 +1,339 @@
+"""What earlier work is good for: equal rows computed once, known prefixes, pictures and scores not computed again.
+
+Implements `Scorer` over a `Backend`; knows neither torch nor HTTP. Keys are content: fingerprint, SHA-256 of the image, token ids;
+a client's own names appear nowhere. Every so many hits one is computed all the same and compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from app.caches import Audit, ByteBoundedCache
+from app.contracts import EncodedGroup, EncodedImage, Ids, Scores
+from app.metrics import Metrics
+
+_Features = TypeVar("_Features")
+_KeysValues = TypeVar("_KeysValues")
+Key = tuple[str, bytes]  # (image id, prompt digest)
+
+
+@dataclass(frozen=True, slots=True)
+class KeptPrefix(Generic[_KeysValues]):
+    """The keys and values of a prefix, and the ids they belong to."""
+
+    ids: Ids
+    keys_values: _KeysValues
+    num_bytes: int
+
+    def fits(self, ids: Ids) -> bool:
+        """Whether it is of these ids, as far as both go: what stands behind a token never changes its keys and values."""
+        length = min(len(self.ids), len(ids))
+        return bool(np.array_equal(self.ids[:length], ids[:length]))
+
+
+@dataclass(frozen=True, slots=True)
+class Share(Generic[_Features, _KeysValues]):
+    """Rows of one image and prompt for the backend to compute."""
+
+    prefix_ids: Ids
+    rows: tuple[Ids, ...]  # whole; each begins with the prefix
+    image: EncodedImage | None
+    features: _Features | None  # of the image; None without one, or where the kept prefix holds it already
+    kept: KeptPrefix[_KeysValues] | None
+
+    @property
+    def num_prefix(self) -> int:
+        return len(self.prefix_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[_KeysValues]):
+    """A share's scores, in the order of its rows, and its prefix to be kept."""
+
+    scores: tuple[float, ...]
+    prefix: KeptPrefix[_KeysValues]
+
+
+class Backend(Protocol[_Features, _KeysValues]):
+    """What computes. Called from one thread."""
+
+    def image_features(self, image: EncodedImage) -> _Features: ...
+
+    def forward(self, shares: Sequence[Share[_Features, _KeysValues]]) -> list[Answer[_KeysValues]]: ...
+
+    def agree(self, first: Any, second: Any, *, exact: bool) -> bool:
+        """Whether features, or keys and values, computed twice are the same: bit for bit, or but for rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caches(Generic[_Features, _KeysValues]):
+    """What is kept between batches, each bounded by bytes."""
+
+    features: ByteBoundedCache[_Features]
+    prefixes: ByteBoundedCache[KeptPrefix[_KeysValues]]
+    scores: ByteBoundedCache[float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The distinct rows of one image and prompt in a batch."""
+
+    key: str
+    fresh: bool
+    image: EncodedImage | None
+    prefix_ids: Ids
+    rows: tuple[Ids, ...]
+    score_keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Groups made ready for the device: what is distinct in them, and where each caption finds its score."""
+
+    groups: tuple[EncodedGroup, ...]
+    parts: tuple[_Part, ...]
+    places: tuple[tuple[tuple[int, int], ...], ...]  # for each group, part and row of each caption
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """A part on the device: scores by row, and what was known before."""
+
+    scores: list[float | None]
+    is_known: list[bool]
+    num_prefix: int
+    prefix_is_new: bool = False
+
+
+class ReusingScorer(Generic[_Features, _KeysValues]):
+    """Implements `Scorer`: computes what is new, remembers it, and hands every caption its score.
+
+    `deterministic`: every prefix and every row is computed by itself, so that its bits depend on nothing else: company, position
+    or what is kept. `audit_every`: of so many hits of a cache one is computed again and compared (0: none).
+    """
+
+    def __init__(
+        self,
+        backend: Backend[_Features, _KeysValues],
+        caches: Caches[_Features, _KeysValues],
+        *,
+        fingerprint: str,
+        metrics: Metrics,
+        score_tolerance: float,
+        deterministic: bool = False,
+        audit_every: int = 0,
+    ) -> None:
+        self._backend = backend
+        self._caches = caches
+        self._fingerprint = fingerprint
+        self._deterministic = deterministic
+        self._made: dict[str, _Features] = {}  # pictures computed in the batch at hand
+        self._score_tolerance = 0.0 if deterministic else score_tolerance
+        self._audits = {name: Audit(name, audit_every, metrics) for name in ("features", "prefixes", "scores")}
+
+    def prepare(self, groups: Sequence[EncodedGroup]) -> Batch:
+        """Find what is distinct. The order is the content's own: the same captions give the same bits whichever is named first."""
+        names = _names_alone(groups) if self._deterministic else _names_together(groups)
+        distinct: dict[_Name, dict[bytes, Ids]] = {}
+        image_of: dict[_Name, EncodedImage | None] = {}
+        for group, own in zip(groups, names, strict=True):
+            for row, name in zip(group.rows, own, strict=True):
+                distinct.setdefault(name, {}).setdefault(row.tobytes(), row)
+                image_of[name] = group.image
+        parts = []
+        place: dict[tuple[_Name, bytes], tuple[int, int]] = {}
+        for index, name in enumerate(sorted(distinct)):
+            contents = sorted(distinct[name])
+            place |= {(name, content): (index, row) for row, content in enumerate(contents)}
+            parts.append(self._part(name, image_of[name], [distinct[name][content] for content in contents]))
+        places = tuple(
+            tuple(place[name, row.tobytes()] for row, name in zip(group.rows, own, strict=True))
+            for group, own in zip(groups, names, strict=True)
+        )
+        return Batch(tuple(groups), tuple(parts), places)
+
+    def score(self, prepared: Batch) -> list[Scores]:
+        """Scores of every group, in order. Nothing is kept of a part with a score that is not finite."""
+        self._made = {}
+        outcomes = [self._known(part) for part in prepared.parts]
+        missing = [index for index, outcome in enumerate(outcomes) if not all(outcome.is_known)]
+        todo = [self._share(prepared.parts[index], outcomes[index]) for index in missing]
+        answers = self._computed([share for share, _ in todo])
+        for index, (share, doubted), answer in zip(missing, todo, answers, strict=True):
+            self._learn(prepared.parts[index], outcomes[index], share, doubted, answer)
+        self._made = {}
+        return _Bill(prepared, outcomes).scores()
+
+    def _part(self, name: _Name, image: EncodedImage | None, rows: Sequence[Ids]) -> _Part:
+        image_id, prompt = name.key
+        key = f"{self._fingerprint}:{image_id}:{prompt.hex()}"
+        return _Part(
+            key=f"{key}:{name.num_prefix}" if self._deterministic else key,
+            fresh=name.fresh,
+            image=image,
+            prefix_ids=rows[0][: name.num_prefix],
+            rows=tuple(rows),
+            score_keys=tuple(f"{self._fingerprint}:{image_id}:{hashlib.sha256(row.tobytes()).hexdigest()}" for row in rows),
+        )
+
+    def _known(self, part: _Part) -> _Outcome:
+        """The scores that are kept; what is due for an audit counts as unknown and is compared later."""
+        if part.fresh:
+            return _Outcome([None] * len(part.rows), [False] * len(part.rows), num_prefix=len(part.prefix_ids))
+        found = [self._caches.scores.get(key) for key in part.score_keys]
+        is_known = [value is not None and not self._audits["scores"].is_due() for value in found]
+        return _Outcome(found, is_known, num_prefix=len(part.prefix_ids))
+
+    def _share(self, part: _Part, outcome: _Outcome) -> tuple[Share[_Features, _KeysValues], KeptPrefix[_KeysValues] | None]:
+        """What the backend shall compute, and a kept prefix that is computed again to be compared."""
+        rows = tuple(row for row, known in zip(part.rows, outcome.is_known, strict=True) if not known)
+        if part.fresh:
+            features = self._made_now(part.image) if part.image is not None else None
+            return Share(part.prefix_ids, rows, part.image, features, None), None
+        kept = self._caches.prefixes.get(part.key)
+        if kept is not None and not kept.fits(part.prefix_ids):
+            self._audits["prefixes"].record(agrees=False, what="of other ids")
+            kept = None
+        doubted = None
+        if kept is not None and self._audits["prefixes"].is_due():
+            kept, doubted = None, kept
+        features = self._features(part.image) if kept is None and part.image is not None else None
+        return Share(part.prefix_ids, rows, part.image, features, kept), doubted
+
+    def _features(self, image: EncodedImage) -> _Features:
+        if image.image_id in self._made:
+            return self._made[image.image_id]
+        kept = self._caches.features.get(self._image_key(image))
+        if kept is not None and not self._audits["features"].is_due():
+            return kept
+        fresh = self._made_now(image)
+        if kept is not None:
+            self._compare("features", kept, fresh)
+        return fresh
+
+    def _made_now(self, image: EncodedImage) -> _Features:
+        """Computed in this batch, once however many prompts ask about the picture."""
+        if image.image_id not in self._made:
+            self._made[image.image_id] = self._backend.image_features(image)
+        return self._made[image.image_id]
+
+    def _image_key(self, image: EncodedImage) -> str:
+        return f"{self._fingerprint}:{image.image_id}"
+
+    def _computed(self, shares: Sequence[Share[_Features, _KeysValues]]) -> list[Answer[_KeysValues]]:
+        if not self._deterministic:
+            return self._backend.forward(shares) if shares else []
+        return [self._computed_alone(share) for share in shares]
+
+    def _computed_alone(self, share: Share[_Features, _KeysValues]) -> Answer[_KeysValues]:
+        """The prefix by itself, unless there is none, then row after row by itself."""
+        prefix = share.kept
+        if prefix is None and share.num_prefix:
+            (answer,) = self._backend.forward([replace(share, rows=())])
+            prefix = answer.prefix
+        answers = [self._backend.forward([replace(share, rows=(row,), features=None, kept=prefix)])[0] for row in share.rows]
+        return Answer(tuple(score for answer in answers for score in answer.scores), prefix or answers[-1].prefix)
+
+    def _learn(
+        self,
+        part: _Part,
+        outcome: _Outcome,
+        share: Share[_Features, _KeysValues],
+        doubted: KeptPrefix[_KeysValues] | None,
+        answer: Answer[_KeysValues],
+    ) -> None:
+        """Take the scores over, compare what was doubted, keep what is sound."""
+        if len(answer.scores) != len(share.rows):
+            raise RuntimeError(f"the model returned {len(answer.scores)} scores for {len(share.rows)} rows")
+        sound = all(map(math.isfinite, answer.scores)) and not part.fresh
+        if doubted is not None:
+            self._compare("prefixes", doubted.keys_values, answer.prefix.keys_values)
+        if share.kept is None:
+            outcome.prefix_is_new = True
+            if sound:
+                self._keep(part, share, answer.prefix)
+        else:
+            outcome.num_prefix = min(outcome.num_prefix, len(share.kept.ids))
+        fresh = iter(answer.scores)
+        for index, (key, known) in enumerate(zip(part.score_keys, outcome.is_known, strict=True)):
+            if not known:
+                self._take(outcome, index, key, next(fresh), sound=sound)
+
+    def _keep(self, part: _Part, share: Share[_Features, _KeysValues], prefix: KeptPrefix[_KeysValues]) -> None:
+        self._caches.prefixes.put(part.key, prefix)
+        if share.image is not None and share.features is not None:
+            self._caches.features.put(self._image_key(share.image), share.features)
+
+    def _compare(self, cache: str, kept: Any, fresh: Any) -> None:
+        self._audits[cache].record(agrees=self._backend.agree(kept, fresh, exact=self._deterministic))
+
+    def _take(self, outcome: _Outcome, index: int, key: str, score: float, *, sound: bool) -> None:
+        kept = outcome.scores[index]
+        if kept is not None and math.isfinite(score):
+            agrees = abs(kept - score) <= self._score_tolerance * max(1.0, abs(kept))
+            self._audits["scores"].record(agrees=agrees, what=f"{kept} was kept, {score} is computed now")
+        outcome.scores[index] = score
+        if sound:
+            self._caches.scores.put(key, score)
+
+
+class _Name(NamedTuple):
+    """What rows must have in common to stand together; its order is the batch's."""
+
+    key: Key
+    num_prefix: int
+    fresh: bool
+
+
+def _names_together(groups: Sequence[EncodedGroup]) -> list[list[_Name]]:
+    """Rows of one image and prompt stand together, behind the prefix that all of them share."""
+    shortest: dict[Key, int] = {}
+    for group in groups:
+        shortest[group.key] = min(group.num_prefix, shortest.get(group.key, group.num_prefix))
+    return [[_Name(group.key, shortest[group.key], group.fresh)] * len(group.rows) for group in groups]
+
+
+def _names_alone(groups: Sequence[EncodedGroup]) -> list[list[_Name]]:
+    """Every row behind its own prefix, whatever its company."""
+    return [[_Name(group.key, own, group.fresh) for own in group.row_prefixes or [group.num_prefix] * len(group.rows)] for group in groups]
+
+
+class _Bill:
+    """Who pays for what: a prefix and a row count for the first group that asked for them."""
+
+    def __init__(self, batch: Batch, outcomes: Sequence[_Outcome]) -> None:
+        self._batch = batch
+        self._outcomes = outcomes
+        self._paid: set[tuple[int, int | None]] = set()
+
+    def scores(self) -> list[Scores]:
+        return [self._of(group, places) for group, places in zip(self._batch.groups, self._batch.places, strict=True)]
+
+    def _of(self, group: EncodedGroup, places: Sequence[tuple[int, int]]) -> Scores:
+        computed = cached = 0
+        for part, row in places:
+            for item in ((part, None), (part, row)):
+                if item not in self._paid:
+                    self._paid.add(item)
+                    num_tokens, is_new = self._cost(*item)
+                    computed, cached = (computed + num_tokens, cached) if is_new else (computed, cached + num_tokens)
+        values = tuple(self._score(part, row) for part, row in places)
+        return Scores(values, sum(map(len, group.rows)), computed, cached)
+
+    def _cost(self, part: int, row: int | None) -> tuple[int, bool]:
+        outcome = self._outcomes[part]
+        if row is None:
+            return outcome.num_prefix, outcome.prefix_is_new
+        return len(self._batch.parts[part].rows[row]) - outcome.num_prefix, not outcome.is_known[row]
+
+    def _score(self, part: int, row: int) -> float:
+        score = self._outcomes[part].scores[row]
+        if score is None:
+            raise RuntimeError("a row was left without a score")
+        return score

@@ -1,0 +1,118 @@
+"""The vision tower of Qwen2.5-VL on one picture: transformers' weights, our own forward without waste or host synchronisation.
+
+One picture at a time, so that its features never depend on what else is scored. The slow twin is transformers' `get_image_features`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from app.layers import norm, plus, rotate, silu, times
+from app.varlen import Segments, attend
+
+_MAX_GRIDS = 256  # shapes of pictures whose geometry is kept
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What the shape of a picture alone decides. Windows of equal size stand together: attention cannot tell in which order they come."""
+
+    order: Tensor  # [merged tokens] which merged token stands where
+    restore: Tensor  # [merged tokens] the way back
+    cos: Tensor  # [patches, 1, head_dim / 2] float32, in window order
+    sin: Tensor
+    windows: Segments
+    whole: Segments
+
+
+class VisionTower:
+    """Computes a picture's features from transformers' `Qwen2_5_VisionTransformerPretrainedModel`."""
+
+    def __init__(self, tower: Any) -> None:
+        self._tower = tower
+        self._merge = int(tower.spatial_merge_size)
+        self._grid = lru_cache(_MAX_GRIDS)(self._make_grid)
+        weight = tower.patch_embed.proj.weight
+        self._patch_weight = weight.view(weight.shape[0], -1)  # a convolution whose stride is its kernel is a product
+
+    @property
+    def num_values_per_token(self) -> int:
+        """Of the tensors of a block that are there at once, for each merged token."""
+        config = self._tower.config
+        return int(self._merge**2 * (3 * config.intermediate_size + 8 * config.hidden_size))
+
+    def features(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
+        """[patches, values] float32 to [merged tokens, hidden of the text model] in the model's format.
+
+        Raises ValueError for a film, and for patches that are not the grid's.
+        """
+        tower = self._tower
+        if grid_thw[0] != 1 or len(patches) != math.prod(grid_thw):
+            raise ValueError(f"expected the patches of one picture of grid {grid_thw}, found {len(patches)}")
+        grid = self._grid(grid_thw)
+        hidden = F.linear(patches.to(self._patch_weight.dtype), self._patch_weight)  # [patches, width]
+        unit = self._merge**2
+        hidden = hidden.view(-1, unit, hidden.shape[-1])[grid.order].view(-1, hidden.shape[-1])
+        for number, block in enumerate(tower.blocks):
+            segments = grid.whole if number in tower.fullatt_block_indexes else grid.windows
+            hidden = _block(block, hidden, grid, segments)
+        merger = tower.merger
+        merged = merger.mlp(norm(hidden, merger.ln_q).view(-1, unit * hidden.shape[-1]))
+        features: Tensor = merged[grid.restore]
+        return features
+
+    def _make_grid(self, grid_thw: tuple[int, int, int]) -> Grid:
+        config, device = self._tower.config, self._patch_weight.device
+        side = config.window_size // self._merge // config.patch_size
+        windows = windows_of(grid_thw, self._merge, side)
+        order = torch.cat(windows)
+        unit = self._merge**2
+        positions = patch_positions(grid_thw, self._merge)  # [patches, 2]
+        inverse = self._tower.rotary_pos_emb.inv_freq.float().cpu()
+        angles = (positions[..., None].float() * inverse).flatten(1)  # [patches, head_dim / 2]: rows, then columns
+        angles = angles.view(-1, unit, angles.shape[-1])[order].view(-1, 1, angles.shape[-1])
+        scaling = self._tower.rotary_pos_emb.attention_scaling
+        return Grid(
+            order=order.to(device),
+            restore=torch.argsort(order).to(device),
+            cos=(angles.cos() * scaling).to(device),
+            sin=(angles.sin() * scaling).to(device),
+            windows=Segments.of([len(window) * unit for window in windows], None, device),
+            whole=Segments.of([math.prod(grid_thw)], None, device),
+        )
+
+
+def _block(block: Any, hidden: Tensor, grid: Grid, segments: Segments) -> Tensor:
+    attention = block.attn
+    heads = attention.num_heads
+    projected = attention.qkv(norm(hidden, block.norm1))
+    query, key, value = projected.view(len(hidden), 3, heads, -1).unbind(1)  # each [patches, heads, head_dim]
+    query, key = (rotate(tensor.float(), grid.cos, grid.sin).to(hidden.dtype) for tensor in (query, key))
+    attended, _ = attend(query, key, value, segments, causal=False, scale=attention.scaling)
+    hidden = plus(attention.proj, attended.reshape(len(hidden), -1), hidden)
+    inner = norm(hidden, block.norm2)
+    gated = times(block.mlp.up_proj, inner, silu(block.mlp.gate_proj, inner))
+    return plus(block.mlp.down_proj, gated, hidden)
+
+
+def windows_of(grid_thw: tuple[int, int, int], merge_size: int, side: int) -> list[Tensor]:
+    """The merged tokens of every `side` x `side` window, larger windows first; each [tokens of the window]."""
+    time, rows, columns = grid_thw[0], grid_thw[1] // merge_size, grid_thw[2] // merge_size
+    index = torch.arange(time * rows * columns).view(time, rows, columns)
+    windows = [tile.flatten() for frame in index for band in frame.split(side, 0) for tile in band.split(side, 1)]
+    return sorted(windows, key=len, reverse=True)
+
+
+def patch_positions(grid_thw: tuple[int, int, int], merge_size: int) -> Tensor:
+    """Row and column of every patch in the processor's order, where the patches of a merged token follow each other. [patches, 2]."""
+    time, rows, columns = grid_thw
+    where = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)  # [rows, columns, 2]
+    blocks = where.view(rows // merge_size, merge_size, columns // merge_size, merge_size, 2)
+    return blocks.transpose(1, 2).reshape(-1, 2).repeat(time, 1)

@@ -1,0 +1,224 @@
+"""The whole command on a tiny geometry: what it prints, what it refuses, how it ends."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from rich.console import Console
+
+from app import cli
+from app.bench.command import Options, bench, bench_settings, read_numbers, show
+from app.bench.load import BUSY, busy_seconds
+from app.bench.plot import check_plot, write_plot
+from app.bench.report import MAX_SHARE_OF_SPREAD, Report
+from app.bench.run import Plan, run_ways
+from app.bench.tables import WIDTH, tables_of
+from app.bench.ways import COLD, HTTP_WARM, PADDED, PLAIN, WARM, WAYS, Measured, Row
+from app.errors import SettingsInvalid
+from app.geometry import GEOMETRIES, write_artifact
+from app.metrics import Metrics
+from app.settings import Settings
+from tests.test_geometry import TINY
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    artifact = write_artifact(TINY, tmp_path_factory.mktemp("bench") / "artifact")
+    settings = Settings(model=str(artifact), device="cpu", dtype="float32", num_threads=1, max_timeout_ms=600_000, max_queue_tokens=1 << 20)
+    return run_ways(Plan("tiny", settings, (1, 8), 2, (1, 2), num_pairs=20), lambda _: None)
+
+
+def changed(report: Report, way: str, change: Callable[[Row], Row]) -> Report:
+    rows = tuple(change(row) if row.way == way else row for row in report.measured.rows)
+    return replace(report, measured=Measured(rows, report.measured.spread))
+
+
+def wrong(report: Report, way: str) -> Report:
+    """As if the scores of a way had differed."""
+    return changed(report, way, lambda row: replace(row, runs=tuple(replace(run, difference=0.5) for run in row.runs)))
+
+
+def text_of(report: Report) -> str:
+    stream = io.StringIO()
+    Console(width=WIDTH, file=stream).print(tables_of(report), highlight=False)
+    return stream.getvalue()
+
+
+def test_the_report_has_every_way_and_agrees(report: Report) -> None:
+    assert [(row.way, row.num_captions) for row in report.measured.rows] == [(way, size) for size in (1, 8) for way in WAYS]
+    assert report.disagreeing == []
+    assert report.tolerance == 1e-4
+    plain, padded = (report.measured.find(way, 8) for way in (PLAIN, PADDED))
+    assert plain is not None
+    assert padded is not None
+    assert report.ratio(plain, PLAIN) == 1.0
+    assert report.ratio(padded, PLAIN) == pytest.approx(plain.seconds / padded.seconds)
+    assert report.subject.tokens.image == 176
+    assert report.startup.seconds > 0
+    assert report.overhead.model == "demo"
+    assert [level.num_clients for level in report.levels] == [1, 2]
+    assert [level.num_groups for level in report.levels] == [8, 8]
+
+
+def test_json_has_all_of_it(report: Report) -> None:
+    told = json.loads(json.dumps(report.as_dict()))
+    assert set(told) == {"hardware", "subject", "matrix_rate", "ways", "agreement", "startup", "load", "overhead", "holds", "notes"}
+    assert len(told["ways"]) == 12
+    first = told["ways"][0]
+    assert first["way"] == PLAIN
+    assert first["seconds"]["min"] <= first["seconds"]["median"] <= first["seconds"]["max"]
+    assert first["tokens"]["requested"] == first["tokens"]["computed"]
+    assert told["agreement"]["agrees"] is True
+    assert told["agreement"]["largest_difference"] < 1e-4
+    assert all(isinstance(hold["passed"], bool) for hold in told["holds"])
+    assert told["startup"]["ready_after_load_s"] >= 0
+
+
+def test_the_table_has_all_of_it(report: Report) -> None:
+    text = text_of(report)
+    for name in (*WAYS, "x plain", "x padded", "of limit", "device idle", "numbers to hold", "limit: matrix products", "ready in"):
+        assert name in text
+    assert report.hardware.line in " ".join(text.split())
+    assert "refused" not in text
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_a_way_that_disagrees_has_no_ratio(report: Report) -> None:
+    bad = wrong(report, COLD)
+    assert {row.way for row in bad.disagreeing} == {COLD}
+    told = bad.as_dict()
+    assert {entry["times_plain"] for entry in told["ways"] if entry["way"] == COLD} == {None}
+    assert all(entry["times_plain"] for entry in told["ways"] if entry["way"] != COLD)
+    assert told["agreement"]["agrees"] is False
+    holds = {hold["what"]: hold for hold in told["holds"]}
+    assert holds["a group of 8, cold, against one forward per caption"]["found"] is None
+    assert holds["a group of 8, cold, against one forward per caption"]["passed"] is False
+    assert holds["a group of 8, warm, against one forward per caption"]["found"] is not None
+    text = text_of(bad)
+    assert "scores disagree, ratios refused: shared prefix, cold, groups of 8: 5.0e-01" in text
+    assert "refused" in text
+
+
+def test_a_padded_batch_that_disagrees_is_nobodys_measure(report: Report) -> None:
+    told = wrong(report, PADDED).as_dict()
+    assert {entry["times_padded"] for entry in told["ways"]} == {None}
+    assert all(entry["times_plain"] for entry in told["ways"] if entry["way"] != PADDED)
+
+
+def test_in_bfloat16_the_spread_is_the_measure(report: Report) -> None:
+    spread = report.measured.spread
+    assert spread is not None
+    half = replace(report, subject=replace(report.subject, dtype="bfloat16"))
+    assert half.tolerance == MAX_SHARE_OF_SPREAD * spread
+    assert "largest difference to the plain way, float32" not in {hold.what for hold in half.holds()}
+
+
+def test_without_a_second_copy_there_is_no_ratio_and_no_fault(report: Report) -> None:
+    rows = tuple(
+        replace(row, runs=tuple(replace(run, difference=None) for run in row.runs))
+        for row in report.measured.rows
+        if row.way not in (PLAIN, PADDED)
+    )
+    alone = replace(report, measured=Measured(rows, None), load_s=None, notes=("no memory for a second copy",))
+    assert alone.disagreeing == []
+    assert alone.ready_s is None
+    assert {entry["times_plain"] for entry in alone.as_dict()["ways"]} == {None}
+    assert "no way was compared with the plain one: no ratio" in text_of(alone)
+    assert "no memory for a second copy" in text_of(alone)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_exit_code_says_whether_scores_agree(report: Report, as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    options = Options(as_json=as_json)
+    assert show(report, options) == 0
+    assert show(wrong(report, HTTP_WARM), options) == 1
+    assert "refused" in capsys.readouterr().out or as_json
+
+
+def test_numbers_to_hold_on_a_gpu(report: Report) -> None:
+    of_16 = changed(report, COLD, lambda row: replace(row, num_captions=16))
+    of_16 = changed(of_16, WARM, lambda row: replace(row, num_captions=16))
+    names = [hold.what for hold in replace(of_16, hardware=replace(report.hardware, device="cuda:0")).holds()]
+    assert "a group of 16, cold, share of the matrix rate" in names
+    assert "groups of 16, warm, captions a second" in names
+
+
+@pytest.mark.parametrize("name", ["plot.png", "plot.svg"])
+def test_a_plot_is_a_picture(report: Report, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("matplotlib")
+    check_plot(tmp_path / name)
+    write_plot(report, tmp_path / name)
+    begins = {"plot.png": b"\x89PNG", "plot.svg": b"<?xml"}[name]
+    assert (tmp_path / name).read_bytes().startswith(begins)
+    write_plot(replace(report, levels=()), tmp_path / name)
+
+
+def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a geometry to JSON on stdout; the artifact stays in the folder and serves the next run."""
+    options = Options("tiny", layers=1, dtype="float32", groups="2", rounds=1, concurrency="", as_json=True, work=tmp_path / "work")
+    assert bench(options, {"tiny": TINY}) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["subject"]["layers"], told["subject"]["vision_layers"], told["load"]) == (1, 2, [])
+    assert {entry["captions"] for entry in told["ways"]} == {2}
+    assert (tmp_path / "work" / "tiny-1-2" / "reward_model_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ({"geometry": "qwen2.5-vl-3b", "artifact": "demo"}, "choose one"),
+        ({"layers": 2}, "belong to --geometry"),
+        ({"work": Path("x")}, "belong to --geometry"),
+        ({"noise": True, "plot": Path("x.png")}, "--noise"),
+    ],
+)
+def test_contradictions_are_refused(faults: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsInvalid, match=message):
+        Options(**faults)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(geometry="gpt"), "expected one of"),
+        (Options(groups="8,x"), "--groups '8,x'"),
+        (Options(groups=""), "--groups ''"),
+        (Options(concurrency="0"), "--concurrency '0'"),
+        (Options(groups="257"), "at most 256 captions"),
+        (Options(plot=Path("plot.pdf")), "ends in .png or .svg"),
+        (Options(plot=Path("nowhere/plot.png")), "no folder nowhere"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(options: Options, message: str) -> None:
+    with pytest.raises(SettingsInvalid, match=message):
+        bench(options)
+
+
+def test_numbers_are_ascending_and_each_once() -> None:
+    assert read_numbers("--groups", "16, 1,8,8") == (1, 8, 16)
+    assert read_numbers("--concurrency", "", none=True) == ()
+
+
+def test_the_command_line_knows_every_geometry() -> None:
+    annotation = inspect.get_annotations(cli.bench, eval_str=True)["geometry"]
+    choice = get_args(get_args(annotation)[0])[0]
+    assert set(get_args(choice)) == set(GEOMETRIES)
+
+
+def test_the_server_under_test_refuses_nothing_the_bench_asks() -> None:
+    settings = bench_settings("demo", "auto")
+    assert (settings.dtype, settings.max_timeout_ms, settings.deterministic) == ("auto", 600_000, False)
+    assert bench_settings("demo", "bfloat16").dtype == "bfloat16"
+
+
+def test_the_servers_own_count_of_its_devices_work() -> None:
+    metrics = Metrics()
+    assert busy_seconds(metrics.registry) == 0.0, BUSY

@@ -1,0 +1,143 @@
+"""Taking turns, holding scores against the plain way, and the arithmetic of rows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.bench.flops import Shapes
+from app.bench.loopback import Client, Loopback, serving
+from app.bench.ways import (
+    COLD,
+    HTTP_COLD,
+    HTTP_WARM,
+    PADDED,
+    PLAIN,
+    WARM,
+    WAYS,
+    Contestants,
+    Row,
+    Run,
+    largest,
+    measure_ways,
+    score_padded,
+    spread_of,
+)
+from app.bench.workload import Workload
+from app.contracts import EncodedGroup, Scorer, Scores
+from app.encoding import load_encoder
+from app.geometry import write_artifact
+from app.model import load_model
+from app.scoring import score_plain
+from app.settings import Settings
+from tests.test_geometry import TINY
+from tests.tiny import LIMITS
+
+SEEDS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    artifact: Path = write_artifact(TINY, tmp_path_factory.mktemp("ways") / "artifact")
+    with serving(Settings(model=str(artifact), device="cpu", dtype="float32", num_threads=1)) as found:
+        yield found
+
+
+@pytest.fixture
+def who(loopback: Loopback) -> Iterator[Contestants]:
+    artifact = loopback.runtime.artifact
+    baseline = load_model(artifact, device="cpu", dtype="float32").model
+    workload = Workload(load_encoder(artifact), LIMITS, seed=next(SEEDS))  # the server remembers pictures of earlier tests
+    with Client(loopback) as client:
+        yield Contestants(baseline, loopback.runtime.scorer, client, workload, Shapes.of(baseline.backbone.config), torch.device("cpu"))
+
+
+def test_every_way_scores_as_the_plain_one(who: Contestants) -> None:
+    told: list[str] = []
+    measured = measure_ways(who, [1, 4], 2, told.append)
+    assert [(row.way, row.num_captions) for row in measured.rows] == [(way, size) for size in (1, 4) for way in WAYS]
+    assert all(len(row.runs) == 2 and row.difference is not None and row.difference < 1e-4 for row in measured.rows)
+    assert measured.spread is not None
+    assert measured.spread > 1e-3
+    assert len([text for text in told if text.endswith(PLAIN) and text.startswith("round")]) == 4
+
+
+def test_what_is_known_is_saved(who: Contestants) -> None:
+    """Of the direct ways and of the server alike: cold computes prefix and captions, warm the captions."""
+    measured = measure_ways(who, [4], 1, lambda _: None)
+    runs = {way: row.runs[0] for way in WAYS if (row := measured.find(way, 4)) is not None}
+    assert runs[PLAIN].num_computed_tokens == runs[PLAIN].num_tokens
+    assert runs[PADDED].num_computed_tokens > runs[PADDED].num_tokens
+    for cold, warm in ((COLD, WARM), (HTTP_COLD, HTTP_WARM)):
+        assert runs[cold].num_computed_tokens < runs[cold].num_tokens / 2
+        assert runs[warm].num_computed_tokens < runs[cold].num_computed_tokens / 2
+        assert runs[cold].num_cached_tokens < runs[warm].num_cached_tokens
+    assert runs[WARM].flops < runs[COLD].flops < runs[PLAIN].flops < runs[PADDED].flops
+
+
+@dataclass(frozen=True, slots=True)
+class WrongScorer:
+    """Adds a little to the last caption of every group."""
+
+    inner: Scorer
+    error: float
+
+    def prepare(self, groups: Sequence[EncodedGroup]) -> Any:
+        return self.inner.prepare(groups)
+
+    def score(self, prepared: Any) -> list[Scores]:
+        return [replace(found, values=(*found.values[:-1], found.values[-1] + self.error)) for found in self.inner.score(prepared)]
+
+
+def test_a_wrong_score_is_seen(who: Contestants) -> None:
+    measured = measure_ways(replace(who, scorer=WrongScorer(who.scorer, 0.5)), [3], 1, lambda _: None)
+    cold, served = measured.find(COLD, 3), measured.find(HTTP_COLD, 3)
+    assert cold is not None
+    assert cold.difference == pytest.approx(0.5, abs=1e-3)
+    assert served is not None
+    assert served.difference is not None
+    assert served.difference < 1e-4
+
+
+def test_without_a_baseline_nothing_is_compared(who: Contestants) -> None:
+    measured = measure_ways(replace(who, baseline=None), [2], 1, lambda _: None)
+    assert [row.way for row in measured.rows] == [COLD, WARM, HTTP_COLD, HTTP_WARM]
+    assert measured.spread is None
+    assert {row.difference for row in measured.rows} == {None}
+
+
+def test_the_padded_batch_scores_as_the_plain_way(who: Contestants) -> None:
+    assert who.baseline is not None
+    groups = [who.workload.encode(who.workload.request(count)) for count in (3, 2)]
+    padded, plain = score_padded(who.baseline, groups), score_plain(who.baseline, groups)
+    for one, other in zip(padded, plain, strict=True):
+        assert one.values == pytest.approx(other.values, abs=1e-4)
+        assert one.num_tokens == other.num_tokens
+    longest = max(len(row) for group in groups for row in group.rows)
+    assert [scores.num_computed_tokens for scores in padded] == [3 * longest, 2 * longest]
+
+
+def test_rows_are_medians_with_their_spread() -> None:
+    runs = tuple(Run(seconds, 10, 5, 0, 100, difference) for seconds, difference in ((2.0, 0.1), (4.0, None), (1.0, 0.3)))
+    row = Row(COLD, 8, runs)
+    assert (row.seconds, row.fastest_s, row.slowest_s, row.flops_per_s, row.difference) == (2.0, 1.0, 4.0, 50.0, 0.3)
+
+
+def test_the_spread_is_within_groups() -> None:
+    """Variances 2 and 8: their mean is 5. Single captions count only among themselves."""
+    assert spread_of([(0.0, 2.0), (10.0, 14.0), (100.0,)]) == pytest.approx(math.sqrt(5))
+    assert spread_of([(0.0,), (2.0,)]) == pytest.approx(math.sqrt(2))
+    assert spread_of([(1.0,)]) is None
+    assert spread_of([]) is None
+
+
+def test_what_is_no_number_is_far_away() -> None:
+    assert largest((1.0, 2.0), (1.5, 2.25)) == 0.5
+    assert largest((1.0, 2.0), (1.0, math.nan)) == math.inf

@@ -1,0 +1,132 @@
+"""The vision tower on one picture against transformers' `get_image_features`, and the geometry it keeps."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_position_ids, get_vision_window_index
+
+from app.artifacts import Artifact
+from app.layers import prepack
+from app.model import RewardModel, load_model
+from app.vision import VisionTower, patch_positions, windows_of
+
+VALUES = 3 * 2 * 14 * 14
+GridThw = tuple[int, int, int]
+quick = settings(max_examples=30, deadline=None, derandomize=True)
+sides = st.integers(1, 7).map(lambda tokens: 2 * tokens)
+grids = st.tuples(st.just(1), sides, sides)
+
+
+@pytest.fixture(scope="module")
+def models(artifact: Artifact) -> dict[str, RewardModel]:
+    """One untouched, one with prepacked layers, in float32."""
+    found = {"plain": load_model(artifact, dtype="float32").model, "prepacked": load_model(artifact, dtype="float32").model}
+    prepack(found["prepacked"].backbone)
+    return found
+
+
+def patches_of(grid: GridThw, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(grid[0] * grid[1] * grid[2], VALUES, generator=generator)
+
+
+def expected(model: RewardModel, patches: Tensor, grid: GridThw) -> Tensor:
+    with torch.inference_mode():
+        return torch.cat(list(model.backbone.get_image_features(patches, torch.tensor([grid])).pooler_output))
+
+
+def found(model: RewardModel, patches: Tensor, grid: GridThw) -> Tensor:
+    with torch.inference_mode():
+        return VisionTower(model.backbone.visual).features(patches, grid)
+
+
+@quick
+@given(grid=grids, seed=st.integers(0, 9), kind=st.sampled_from(["plain", "prepacked"]))
+@example(grid=(1, 2, 2), seed=0, kind="plain")  # one merged token
+@example(grid=(1, 2, 14), seed=1, kind="prepacked")  # one row, wider than the window
+@example(grid=(1, 14, 2), seed=2, kind="prepacked")
+@example(grid=(1, 4, 4), seed=3, kind="plain")  # exactly one window
+@example(grid=(1, 8, 12), seed=4, kind="prepacked")  # whole windows only
+@example(grid=(1, 6, 10), seed=5, kind="prepacked")  # windows cut at both edges
+def test_features_are_those_of_transformers(models: dict[str, RewardModel], grid: GridThw, seed: int, kind: str) -> None:
+    """A window of the tiny tower is two merged tokens wide: 56 pixels, patches of 14, two of them merged."""
+    patches = patches_of(grid, seed)
+    wanted, got = expected(models["plain"], patches, grid), found(models[kind], patches, grid)
+    assert got.shape == (len(patches) // 4, 64)
+    assert float((got - wanted).abs().max()) <= 1e-5 * max(1.0, float(wanted.abs().max()))
+    assert len(got) < 2 or float(wanted.std(0).max()) > 1e-3  # tokens differ, so that their order is seen
+
+
+def test_features_in_bfloat16_are_as_near_as_those_of_transformers(artifact: Artifact, models: dict[str, RewardModel]) -> None:
+    """Both differ from float32 by rounding; ours by no more than half as much again."""
+    model = load_model(artifact, dtype="bfloat16").model
+    for grid in [(1, 6, 10), (1, 2, 14), (1, 12, 8)]:
+        patches = patches_of(grid)
+        exact, theirs = expected(models["plain"], patches, grid), expected(model, patches, grid).float()
+        ours = found(model, patches, grid)
+        assert ours.dtype == torch.bfloat16
+        assert float((ours.float() - exact).norm()) <= 1.5 * float((theirs - exact).norm())
+        assert float((ours.float() - exact).norm()) <= 0.03 * float(exact.norm())
+
+
+def test_features_do_not_depend_on_what_was_computed_before(models: dict[str, RewardModel]) -> None:
+    """Bit for bit: one tower in any order, and a new one for each picture."""
+    chosen: list[GridThw] = [(1, 2, 2), (1, 6, 10), (1, 10, 6), (1, 4, 4)]
+    pictures = {(grid, seed): patches_of(grid, seed) for grid in chosen for seed in (0, 1)}
+    alone = {key: found(models["prepacked"], patches, key[0]) for key, patches in pictures.items()}
+    tower = VisionTower(models["prepacked"].backbone.visual)
+    for order in (list(pictures), list(pictures)[::-1], list(pictures) * 2):
+        for key in order:
+            with torch.inference_mode():
+                assert torch.equal(tower.features(pictures[key], key[0]), alone[key])
+    assert not torch.equal(alone[chosen[1], 0], alone[chosen[1], 1])
+
+
+def test_pictures_of_equal_size_but_other_shape_are_told_apart(models: dict[str, RewardModel]) -> None:
+    patches = patches_of((1, 4, 12))
+    features = [found(models["plain"], patches, grid) for grid in [(1, 4, 12), (1, 12, 4), (1, 6, 8)]]
+    assert all(float((one - other).abs().max()) > 1e-3 for one, other in itertools.combinations(features, 2))
+
+
+def test_patches_are_not_written_to(models: dict[str, RewardModel]) -> None:
+    patches = patches_of((1, 6, 6))
+    kept = patches.clone()
+    found(models["prepacked"], patches, (1, 6, 6))
+    assert torch.equal(patches, kept)
+
+
+# Geometry
+
+
+@quick
+@given(grid=grids, side=st.integers(1, 5))
+def test_every_token_stands_in_exactly_one_window_and_windows_are_those_of_transformers(grid: GridThw, side: int) -> None:
+    windows = windows_of(grid, 2, side)
+    assert sorted(torch.cat(windows).tolist()) == list(range(grid[0] * grid[1] * grid[2] // 4))
+    assert [len(window) for window in windows] == sorted((len(window) for window in windows), reverse=True)
+    order, bounds = get_vision_window_index(torch.tensor([grid]), 2, side * 28, 14)
+    theirs = order.split([length // 4 for length in bounds.diff().tolist()])
+    assert sorted(window.tolist() for window in windows) == sorted(window.tolist() for window in theirs)
+
+
+def test_windows_by_hand() -> None:
+    """Three rows and three columns of tokens in windows of two: one whole, two halves, one corner."""
+    assert [window.tolist() for window in windows_of((1, 6, 6), 2, 2)] == [[0, 1, 3, 4], [2, 5], [6, 7], [8]]
+
+
+@quick
+@given(grid=grids)
+def test_positions_are_those_of_transformers(grid: GridThw) -> None:
+    assert torch.equal(patch_positions(grid, 2), get_vision_position_ids(torch.tensor([grid]), 2))
+
+
+def test_positions_by_hand() -> None:
+    """The four patches of a merged token follow each other."""
+    found = patch_positions((1, 2, 4), 2).tolist()
+    assert found == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
