@@ -19,7 +19,7 @@ from app.varlen import Segments, attend, merge
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """Suffix tokens, consecutive in the packed order, and the prefix they all look at."""
+    """Consecutive tokens, and the prefix they all look at."""
 
     num_queries: int
     num_pooled: int  # of these queries, how many are the last of their row
@@ -29,25 +29,35 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class NewPrefix:
-    """A prefix computed in this batch: where its keys and values go."""
+    """A prefix computed in this batch, all of it or what follows its known beginning, and where its keys and values go."""
 
-    start: int
-    keys_values: Tensor  # [layers, 2, tokens, kv_heads, head_dim], written to
+    start: int  # of its new tokens, in the packed order
+    num_tokens: int
+    keys_values: Tensor  # [layers, 2, known and new tokens, kv_heads, head_dim]; the new part is written
+    num_known: int
 
     @property
-    def stop(self) -> int:
-        return self.start + int(self.keys_values.shape[2])
+    def reach(self) -> Reach:
+        return Reach(self.num_tokens, 0, self.keys_values, self.num_known)
+
+    def put(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keep the new tokens' part of [tokens, kv_heads, head_dim]."""
+        for which, tensor in enumerate((key, value)):
+            self.keys_values[layer, which, self.num_known :] = tensor[self.start : self.start + self.num_tokens]
 
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
     """How the tokens of a batch lie: new prefixes first, then every suffix, those of one prefix together."""
 
-    prefix_lengths: tuple[int, ...]
-    suffix_lengths: tuple[int, ...]
     new_prefixes: tuple[NewPrefix, ...]
-    reaches: tuple[Reach, ...]  # cover the suffixes in order
+    suffix_lengths: tuple[int, ...]
+    reaches: tuple[Reach, ...]  # of the suffixes, in order
     pooled: Tensor  # [rows] the last token of each suffix
+
+    @property
+    def prefix_lengths(self) -> tuple[int, ...]:
+        return tuple(new.num_tokens for new in self.new_prefixes)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -128,36 +138,40 @@ class _Pass:
     """Who looks at whom in a layer: every token in most, only the pooled ones in the last. Built once, used by each layer."""
 
     def __init__(self, arrangement: Arrangement, device: torch.device, *, last: bool) -> None:
-        self._arrangement = arrangement
-        suffixes = arrangement.suffix_lengths
-        self._first_query = 0 if last else arrangement.num_prefix_tokens  # of the suffixes, among the queries
-        self._own_keys = slice(arrangement.num_prefix_tokens if last else 0, None)
+        self._new_prefixes = arrangement.new_prefixes
+        suffixes, num_prefix_tokens = arrangement.suffix_lengths, arrangement.num_prefix_tokens
+        self._own_keys = slice(num_prefix_tokens if last else 0, None)
         self._own = (
             Segments.of([1] * len(suffixes), suffixes, device)
             if last
             else Segments.of([*arrangement.prefix_lengths, *suffixes], None, device)
         )
-        reaches = arrangement.reaches
+        continued = () if last or not any(new.num_known for new in self._new_prefixes) else tuple(new.reach for new in self._new_prefixes)
+        self._reaches = (*continued, *arrangement.reaches)
+        self._first_query = 0 if last or continued else num_prefix_tokens  # that looks at a prefix
         self._across = Segments.of(
-            [reach.num_pooled if last else reach.num_queries for reach in reaches], [reach.num_prefix for reach in reaches], device
+            [reach.num_pooled if last else reach.num_queries for reach in self._reaches],
+            [reach.num_prefix for reach in self._reaches],
+            device,
         )
 
     def keep(self, number: int, key: Tensor, value: Tensor) -> None:
         """Put the keys and values of new prefixes where they stay."""
-        for new in self._arrangement.new_prefixes:
-            new.keys_values[number, 0] = key[new.start : new.stop]
-            new.keys_values[number, 1] = value[new.start : new.stop]
+        for new in self._new_prefixes:
+            new.put(number, key, value)
 
     def attend(self, number: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """[queries, heads, head_dim], own segment and prefix together."""
         own, own_lse = attend(query, key[self._own_keys], value[self._own_keys], self._own, causal=True, scale=scale)
-        start, reaches = self._first_query, self._arrangement.reaches
+        start = self._first_query
         if start == len(query):
             return own
-        kept_key, kept_value = (_joined([reach.keys_values[number, which, : reach.num_prefix] for reach in reaches]) for which in (0, 1))
+        kept_key, kept_value = (
+            _joined([reach.keys_values[number, which, : reach.num_prefix] for reach in self._reaches]) for which in (0, 1)
+        )
         over, over_lse = attend(query[start:], kept_key, kept_value, self._across, causal=False, scale=scale)
-        suffixes = merge(own[start:], own_lse[start:], over, over_lse)
-        return suffixes if start == 0 else torch.cat([own[:start], suffixes])
+        merged = merge(own[start:], own_lse[start:], over, over_lse)
+        return merged if start == 0 else torch.cat([own[:start], merged])
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -91,6 +91,13 @@ class Encoder:
         return shared + sum(each + _max_tokens(caption, self._config.max_caption_tokens) for caption in captions)
 
     @property
+    def lead_ids(self) -> Ids:
+        """What every row begins with, before image, prompt and caption."""
+        ids = self._frame.lead_ids
+        count = len(ids) if self._image_token_id is None else ids.index(self._image_token_id)
+        return np.asarray(ids[:count], dtype=np.int64)
+
+    @property
     def max_row_tokens(self) -> int:
         """The most tokens one caption with its prompt and image can have."""
         config = self._config

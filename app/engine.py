@@ -122,7 +122,12 @@ class Engine:
             raise ValueError("a new prefix needs the features of its image")
         where = positions(ids, image, self._model.image_token_id, self._model.merge_size)
         keys_values = decoder.new_keys_values(split)
-        return _Lot(share, split, KeptPrefix(ids, keys_values, keys_values.nbytes), where, self._delta(share))
+        num_known = 0
+        if share.lead is not None:
+            num_known = len(share.lead.ids)
+            keys_values[:, :, :num_known] = share.lead.keys_values
+        prefix = KeptPrefix(ids, keys_values, keys_values.nbytes)
+        return _Lot(share, split, prefix, where[:, num_known:], self._delta(share))
 
     def _delta(self, share: TensorShare) -> int:
         """What positions behind the image differ by from the index: an image spans its longer side, not its tokens."""
@@ -135,14 +140,13 @@ class Engine:
         start, new = 0, []
         for lot in lots:
             if lot.num_new:
-                new.append(NewPrefix(start, lot.prefix.keys_values))
+                new.append(NewPrefix(start, lot.num_new, lot.prefix.keys_values, lot.split - lot.num_new))
                 start += lot.num_new
         lengths = [lot.suffix_lengths for lot in lots]
         flat = tuple(length for row in lengths for length in row)
         return Arrangement(
-            prefix_lengths=tuple(lot.num_new for lot in lots if lot.num_new),
-            suffix_lengths=flat,
             new_prefixes=tuple(new),
+            suffix_lengths=flat,
             reaches=tuple(
                 Reach(sum(own), len(own), lot.prefix.keys_values, lot.split) for lot, own in zip(lots, lengths, strict=True) if own
             ),
@@ -151,13 +155,13 @@ class Engine:
 
     def _embedded(self, lots: Sequence[_Lot]) -> Tensor:
         """[tokens, hidden] of new prefixes and then of all suffixes, pictures in their places."""
-        prefixes = [lot.prefix.ids for lot in lots if lot.num_new]
+        prefixes = [lot.new_ids for lot in lots if lot.num_new]
         suffixes = [row[lot.split :] for lot in lots for row in lot.share.rows]
         embedded: Tensor = self._embed(self._on_device(np.concatenate([*prefixes, *suffixes])))
         start = 0
         for lot in lots:
             if lot.num_new and lot.share.features is not None:
-                first = start + int(np.argmax(lot.prefix.ids == self._model.image_token_id))
+                first = start + int(np.argmax(lot.new_ids == self._model.image_token_id))
                 embedded[first : first + len(lot.share.features)] = lot.share.features
             start += lot.num_new
         return embedded
@@ -178,13 +182,17 @@ class _Lot:
     share: TensorShare
     split: int  # where its rows leave the prefix
     prefix: KeptPrefix[Tensor]  # kept from before, or to be filled now
-    prefix_positions: Ids  # [3, tokens]; of a kept prefix none
+    prefix_positions: Ids  # [3, tokens] of what of the prefix is computed now
     delta: int
 
     @property
     def num_new(self) -> int:
         """Prefix tokens to be computed now."""
         return int(self.prefix_positions.shape[1])
+
+    @property
+    def new_ids(self) -> Ids:
+        return self.prefix.ids[self.split - self.num_new :]
 
     @property
     def suffix_lengths(self) -> tuple[int, ...]:

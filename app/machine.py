@@ -1,4 +1,4 @@
-"""What this process may use of its machine: processors and memory within the container's limits, and how memory is kept.
+"""What this process may use of its machine: processors and memory within the container's limits, and which allocator serves it.
 
 Linux tells all of it in files; where they are missing, the answer is what Python knows. Knows neither torch nor models.
 """
@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of glibc's mallopt(3)
-_KEEP_BYTES = 1 << 30
 _DONT_NEED = 4  # of madvise(2)
 _GLIBC = re.compile(r"/libc(\.so\.6|-2\.\d+\.so)$", re.MULTILINE)
 _OTHER_ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
@@ -38,20 +36,6 @@ def available_bytes(cgroup: Path = _CGROUP, meminfo: Path = Path("/proc/meminfo"
         left = max(0, int(limit) - int(used) + _reclaimable(cgroup))
         free = left if free is None else min(free, left)
     return free
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc to reuse large blocks instead of giving them back to the kernel, which would clear each page again.
-
-    A batch allocates the same few tensors over and over. One arena, because the arenas of threads hold no large blocks. Call it
-    before threads start. Returns whether it was done: other allocators keep memory by themselves.
-    """
-    if allocator() != "glibc":
-        return False
-    library = ctypes.CDLL(None)
-    wanted = {_ARENA_MAX: 1, _MMAP_THRESHOLD: _KEEP_BYTES, _TRIM_THRESHOLD: _KEEP_BYTES}
-    done = [bool(library.mallopt(option, value)) for option, value in wanted.items()]
-    return all(done)
 
 
 def allocator(maps: Path = Path("/proc/self/maps")) -> str:

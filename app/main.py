@@ -22,7 +22,7 @@ from app.errors import ApiError, ArtifactInvalid, OutOfMemory, SettingsInvalid
 from app.golden import GOLDEN_TOLERANCE
 from app.hardware import Hardware, find_hardware
 from app.images import ImageLimits
-from app.machine import available_bytes, keep_freed_memory, num_processors
+from app.machine import available_bytes, num_processors
 from app.metrics import Metrics
 from app.model import LoadedModel, load_model
 from app.reuse import Caches, KeptPrefix, ReusingScorer
@@ -82,9 +82,8 @@ async def _assemble(settings: Settings, artifact: Artifact, encoder: Encoder, lo
     metrics = Metrics()
     metrics.model_info.labels(loaded.fingerprint, artifact.config.base_model_name, loaded.dtype, loaded.device, __version__).set(1)
     engine = Engine(loaded.model)
-    keep_freed_memory()  # not before: what loading frees goes back to the machine
     budgets = measured_budgets(settings, engine, encoder, torch.device(loaded.device))
-    scorer = build_scorer(settings, engine, budgets, loaded, metrics)
+    scorer = build_scorer(settings, engine, encoder, budgets, loaded, metrics)
     admission = Admission(max_items=settings.max_queue_items, max_tokens=settings.max_queue_tokens, metrics=metrics)
     pool = stack.enter_context(ThreadPoolExecutor(settings.num_encode_threads, thread_name_prefix="encode"))
     batcher = await stack.enter_async_context(
@@ -136,7 +135,9 @@ def measured_budgets(settings: Settings, engine: Engine, encoder: Encoder, devic
     )
 
 
-def build_scorer(settings: Settings, engine: Engine, budgets: Budgets, loaded: LoadedModel, metrics: Metrics) -> TensorScorer:
+def build_scorer(
+    settings: Settings, engine: Engine, encoder: Encoder, budgets: Budgets, loaded: LoadedModel, metrics: Metrics
+) -> TensorScorer:
     """The scorer of the device thread, its caches of the sizes that the budgets say."""
     caches = Caches(
         features=ByteBoundedCache[torch.Tensor]("features", budgets.feature_cache_bytes, lambda features: features.nbytes, metrics),
@@ -151,6 +152,7 @@ def build_scorer(settings: Settings, engine: Engine, budgets: Budgets, loaded: L
         score_tolerance=GOLDEN_TOLERANCE[loaded.dtype],
         deterministic=settings.deterministic,
         audit_every=settings.cache_audit_every,
+        lead_ids=encoder.lead_ids,
     )
 
 

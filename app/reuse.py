@@ -21,6 +21,7 @@ from app.metrics import Metrics
 _Features = TypeVar("_Features")
 _KeysValues = TypeVar("_KeysValues")
 Key = tuple[str, bytes]  # (image id, prompt digest)
+_MIN_LEAD = 8  # tokens: fewer are not worth a call of attention in every layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Share(Generic[_Features, _KeysValues]):
     image: EncodedImage | None
     features: _Features | None  # of the image; None without one, or where the kept prefix holds it already
     kept: KeptPrefix[_KeysValues] | None
+    lead: KeptPrefix[_KeysValues] | None = None  # of the first ids of a prefix that is not kept
 
     @property
     def num_prefix(self) -> int:
@@ -108,7 +110,7 @@ class _Outcome:
     scores: list[float | None]
     is_known: list[bool]
     num_prefix: int
-    prefix_is_new: bool = False
+    num_new_prefix: int = 0  # of these tokens, how many were computed now
 
 
 class ReusingScorer(Generic[_Features, _KeysValues]):
@@ -128,7 +130,11 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         score_tolerance: float,
         deterministic: bool = False,
         audit_every: int = 0,
+        lead_ids: Ids | None = None,
     ) -> None:
+        """`lead_ids`: what every group of this model begins with, before its image and prompt; computed once."""
+        self._lead_ids = lead_ids if lead_ids is not None and len(lead_ids) >= _MIN_LEAD else None
+        self._lead: KeptPrefix[_KeysValues] | None = None
         self._backend = backend
         self._caches = caches
         self._fingerprint = fingerprint
@@ -194,6 +200,7 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         """What the backend shall compute, and a kept prefix that is computed again to be compared."""
         rows = tuple(row for row, known in zip(part.rows, outcome.is_known, strict=True) if not known)
         if part.fresh:
+            outcome.num_new_prefix = len(part.prefix_ids)
             features = self._made_now(part.image) if part.image is not None else None
             return Share(part.prefix_ids, rows, part.image, features, None), None
         kept = self._caches.prefixes.get(part.key)
@@ -203,8 +210,24 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         doubted = None
         if kept is not None and self._audits["prefixes"].is_due():
             kept, doubted = None, kept
-        features = self._features(part.image) if kept is None and part.image is not None else None
-        return Share(part.prefix_ids, rows, part.image, features, kept), doubted
+        if kept is not None:
+            return Share(part.prefix_ids, rows, part.image, None, kept), None
+        outcome.num_new_prefix = len(part.prefix_ids)
+        features = self._features(part.image) if part.image is not None else None
+        lead = self._lead_of(part, outcome) if doubted is None or self._deterministic else None  # an audit doubts the lead, too
+        return Share(part.prefix_ids, rows, part.image, features, None, lead), doubted
+
+    def _lead_of(self, part: _Part, outcome: _Outcome) -> KeptPrefix[_KeysValues] | None:
+        """What is known of the beginning of a prefix. Whoever asks first pays for it."""
+        ids = self._lead_ids
+        if ids is None or len(part.prefix_ids) <= len(ids) or not np.array_equal(part.prefix_ids[: len(ids)], ids):
+            return None
+        if self._lead is None:
+            (answer,) = self._backend.forward([Share(ids, (), None, None, None)])
+            self._lead = answer.prefix
+        else:
+            outcome.num_new_prefix -= len(ids)
+        return self._lead
 
     def _features(self, image: EncodedImage) -> _Features:
         if image.image_id in self._made:
@@ -255,7 +278,6 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         if doubted is not None:
             self._compare("prefixes", doubted.keys_values, answer.prefix.keys_values)
         if share.kept is None:
-            outcome.prefix_is_new = True
             if sound:
                 self._keep(part, share, answer.prefix)
         else:
@@ -321,16 +343,18 @@ class _Bill:
             for item in ((part, None), (part, row)):
                 if item not in self._paid:
                     self._paid.add(item)
-                    num_tokens, is_new = self._cost(*item)
-                    computed, cached = (computed + num_tokens, cached) if is_new else (computed, cached + num_tokens)
+                    num_tokens, num_new = self._cost(*item)
+                    computed, cached = computed + num_new, cached + num_tokens - num_new
         values = tuple(self._score(part, row) for part, row in places)
         return Scores(values, sum(map(len, group.rows)), computed, cached)
 
-    def _cost(self, part: int, row: int | None) -> tuple[int, bool]:
+    def _cost(self, part: int, row: int | None) -> tuple[int, int]:
+        """Tokens of a prefix (None) or of a row behind it, and how many of them were computed now."""
         outcome = self._outcomes[part]
         if row is None:
-            return outcome.num_prefix, outcome.prefix_is_new
-        return len(self._batch.parts[part].rows[row]) - outcome.num_prefix, not outcome.is_known[row]
+            return outcome.num_prefix, outcome.num_new_prefix
+        num_tokens = len(self._batch.parts[part].rows[row]) - outcome.num_prefix
+        return num_tokens, 0 if outcome.is_known[row] else num_tokens
 
     def _score(self, part: int, row: int) -> float:
         score = self._outcomes[part].scores[row]

@@ -29,6 +29,7 @@ from app.metrics import Metrics
 from app.model import RewardModel, load_model
 from app.reuse import Caches, KeptPrefix, ReusingScorer, Share
 from app.scoring import score_plain
+from tests.loop_fakes import sample
 from tests.tiny import HIDDEN, copy_artifact, edit_json, encode, encode_text, write_published, write_text_only
 
 Dtype = Literal["float32", "bfloat16"]
@@ -512,3 +513,60 @@ def test_together_bfloat16_scores_do_move_with_their_company(worlds: Worlds) -> 
         {run(scorer_of(world.engine, deterministic=bits), [each])[0].values[:3] for each in (alone, company)} for bits in (False, True)
     )
     assert (len(moved), len(still)) == (2, 1)
+
+
+# The beginning that all groups share
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("kind", ["vision", "chat"])
+def test_a_known_beginning_is_not_computed_again_and_changes_no_score(worlds: Worlds, kind: str, deterministic: bool) -> None:
+    here = worlds(kind)
+    lead = here.encoder.lead_ids
+    assert len(lead) >= 8
+    first, second = here.groups([(0, ("x", "the penguin"), "One prompt."), (1, ("x", "a cat"), "Another prompt.")])
+    expected = score_plain(here.plain, [first, second])
+    scorer = scorer_of(here.engine, lead_ids=lead, deterministic=deterministic, max_bytes=(MIB, MIB, 0))
+    (one,), (other,) = run(scorer, [first]), run(scorer, [second])
+    assert error([one, other], expected) <= 1e-5
+    (without,) = run(scorer_of(here.engine, deterministic=deterministic), [second])
+    assert other.num_computed_tokens == without.num_computed_tokens - len(lead)
+    assert other.num_cached_tokens == len(lead)
+    again = scorer_of(here.engine, lead_ids=lead, deterministic=deterministic)
+    together = run(again, [second, first])
+    assert error(together[::-1], expected) <= 1e-5
+    if deterministic:
+        assert [scores.values for scores in together[::-1]] == [one.values, other.values]
+
+
+def test_an_audit_of_a_prefix_doubts_the_beginning_too(worlds: Worlds) -> None:
+    here = worlds("vision")
+    metrics = Metrics()
+    (group,) = here.groups([(0, ("x", "the penguin"), None)])
+    lead_ids = here.encoder.lead_ids
+    scorer = scorer_of(here.engine, metrics=metrics, lead_ids=lead_ids, audit_every=1, max_bytes=(MIB, MIB, 0))
+    run(scorer, [group])
+    run(scorer, [group])
+    assert sample(metrics, "reward_cache_audits_total", cache="prefixes") == 1
+    assert not sample(metrics, "reward_cache_audit_mismatches_total", cache="prefixes")
+
+
+def test_deterministic_with_an_empty_prefix(worlds: Worlds) -> None:
+    here = worlds("raw")
+    groups = here.groups(EMPTY_PREFIX)
+    assert error(run(scorer_of(here.engine, deterministic=True), groups), score_plain(here.plain, groups)) <= 1e-5
+
+
+def test_an_image_cut_by_the_prefix_is_refused_with_a_kept_prefix_too(worlds: Worlds) -> None:
+    here = worlds("vision")
+    (group,) = here.groups([(1, ("x", "the penguin"), None)])
+    scorer = scorer_of(here.engine, max_bytes=(MIB, MIB, 0))
+    run(scorer, [group])
+    first = int(np.argmax(group.rows[0] == here.model.image_token_id))
+    with pytest.raises(ValueError, match="does not lie whole"):
+        run(scorer, [replace(group, num_prefix=first + 3, row_prefixes=())])
+
+
+@pytest.mark.parametrize(("one", "other"), [((3, 4), (5, 4)), ((2, 2, 3, 2, 16), (2, 2, 3, 1, 16))])
+def test_results_of_other_shapes_do_not_agree(worlds: Worlds, one: tuple[int, ...], other: tuple[int, ...]) -> None:
+    assert not worlds("vision").engine.agree(torch.zeros(one), torch.zeros(other), exact=False)

@@ -606,3 +606,22 @@ def test_together_the_order_of_asking_changes_no_bit(batch: list[EncodedGroup], 
     for groups in (batch, turned):
         asked.note(groups, world(backend=FakeBackend(rounding=True)).score(*groups))
     assert list(asked.wavering()) == []
+
+
+def test_a_mended_picture_is_not_undone_by_the_rest_of_its_batch() -> None:
+    here = world(audit_every=2)
+    here.score(group("cat", "a", ["x"]))
+    (key,) = here.features.kept
+    here.features.put(key, "dog")
+    here.score(group("cat", "b", ["x"]))  # hit 1, not audited
+    batch = [group("cat", "c", ["x"]), group("cat", "d", ["x"])]  # hit 2 is audited and found wrong
+    scored = here.score(*batch)
+    assert here.audits("features") == (1, 1)
+    assert here.features.kept[key] == "cat"
+    assert values(scored) == [wanted(each) for each in batch]
+
+
+def test_a_picture_of_two_prompts_is_looked_at_once_in_a_batch_whatever_the_cache_holds() -> None:
+    here = world(max_bytes=0)
+    here.score(group("cat", "a", ["x"]), group("cat", "b", ["x"]))
+    assert here.backend.pictures == ["cat"]

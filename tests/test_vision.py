@@ -130,3 +130,10 @@ def test_positions_by_hand() -> None:
     """The four patches of a merged token follow each other."""
     found = patch_positions((1, 2, 4), 2).tolist()
     assert found == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("grid", [(2, 6, 10), (1, 4, 4)])
+def test_films_and_patches_of_another_grid_are_refused(artifact: Artifact, grid: tuple[int, int, int]) -> None:
+    model = load_model(artifact, dtype="float32").model
+    with pytest.raises(ValueError, match="one picture"):
+        found(model, patches_of((1, 6, 6)), grid)
