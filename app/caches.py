@@ -51,6 +51,13 @@ class ByteBoundedCache(Generic[_Value]):
                 self.put(key, value)
             return value
 
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._values.clear()
+            self._metrics.cache_bytes.labels(self._name).set(0)
+            self._metrics.cache_entries.labels(self._name).set(0)
+
     def _find(self, key: str) -> _Value | None:
         with self._lock:
             return self._values.get(key)

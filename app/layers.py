@@ -8,6 +8,7 @@ that are more than a matrix (unmerged LoRA), the same steps are plain torch. Inf
 from __future__ import annotations
 
 import gc
+from functools import cache
 from typing import Any
 
 import torch
@@ -81,9 +82,25 @@ def can_prepack(linear: nn.Module) -> bool:
     """Whether a layer is a plain matrix on a CPU that oneDNN has kernels for."""
     if type(linear) is not nn.Linear or linear.weight.device.type != "cpu" or linear.weight.dtype not in _PREPACKED_DTYPES:
         return False
-    if not torch._C._has_mkldnn:
+    return _works(linear.weight.dtype)
+
+
+@cache
+def _works(dtype: torch.dtype) -> bool:
+    """Whether this machine's torch has these operators, and they compute what they should. They are torch's own, and not documented."""
+    if not torch._C._has_mkldnn or (dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
-    return linear.weight.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    linear = nn.Linear(16, 16, dtype=dtype)
+    x = torch.linspace(-1, 1, 32, dtype=dtype).view(2, 16)
+    with torch.inference_mode():
+        expected = linear(x)
+        try:
+            layer = PrepackedLinear(linear)
+            found = (layer(x), layer.silu(x), layer.combined(x, x, "mul"), layer.combined(x, x, "add"))
+        except RuntimeError:
+            return False
+        wanted = (expected, F.silu(expected), expected * x, expected + x)
+        return all(torch.allclose(one, other, rtol=0.02, atol=0.02) for one, other in zip(found, wanted, strict=True))
 
 
 def prepack(module: nn.Module) -> int:

@@ -83,6 +83,7 @@ async def _assemble(settings: Settings, artifact: Artifact, encoder: Encoder, lo
     metrics.model_info.labels(loaded.fingerprint, artifact.config.base_model_name, loaded.dtype, loaded.device, __version__).set(1)
     engine = Engine(loaded.model)
     budgets = measured_budgets(settings, engine, encoder, torch.device(loaded.device))
+    log.info("memory: %s", budgets.as_dict())
     scorer = build_scorer(settings, engine, encoder, budgets, loaded, metrics)
     admission = Admission(max_items=settings.max_queue_items, max_tokens=settings.max_queue_tokens, metrics=metrics)
     pool = stack.enter_context(ThreadPoolExecutor(settings.num_encode_threads, thread_name_prefix="encode"))

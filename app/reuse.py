@@ -16,6 +16,7 @@ import numpy as np
 
 from app.caches import Audit, ByteBoundedCache
 from app.contracts import EncodedGroup, EncodedImage, Ids, Scores
+from app.errors import OutOfMemory
 from app.metrics import Metrics
 
 _Features = TypeVar("_Features")
@@ -165,15 +166,27 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         return Batch(tuple(groups), tuple(parts), places)
 
     def score(self, prepared: Batch) -> list[Scores]:
-        """Scores of every group, in order. Nothing is kept of a part with a score that is not finite."""
+        """Scores of every group, in order. Nothing is kept of a part with a score that is not finite.
+
+        Raises OutOfMemory, after it gave up what it kept on the device: the caller's smaller batches may need the room.
+        """
         self._made = {}
+        try:
+            return self._score(prepared)
+        except OutOfMemory:
+            self._caches.prefixes.clear()
+            self._caches.features.clear()
+            raise
+        finally:
+            self._made = {}
+
+    def _score(self, prepared: Batch) -> list[Scores]:
         outcomes = [self._known(part) for part in prepared.parts]
         missing = [index for index, outcome in enumerate(outcomes) if not all(outcome.is_known)]
         todo = [self._share(prepared.parts[index], outcomes[index]) for index in missing]
         answers = self._computed([share for share, _ in todo])
         for index, (share, doubted), answer in zip(missing, todo, answers, strict=True):
             self._learn(prepared.parts[index], outcomes[index], share, doubted, answer)
-        self._made = {}
         return _Bill(prepared, outcomes).scores()
 
     def _part(self, name: _Name, image: EncodedImage | None, rows: Sequence[Ids]) -> _Part:

@@ -75,9 +75,7 @@ class Settings(BaseSettings):
         None, ge=0, le=1 << 44, description="Device memory for keys and values of prefixes; unset: a share of what loading left."
     )
     score_cache_bytes: int = Field(32 << 20, ge=0, le=1 << 40, description="Memory for scores already computed.")
-    cache_audit_every: int = Field(
-        1000, ge=0, le=1 << 30, description="Of so many cache hits one is computed again and compared; 0: none."
-    )
+    cache_audit_every: int = Field(1000, ge=0, le=1 << 30, description="Of so many cache hits one is computed again and compared; 0: none.")
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -175,6 +175,16 @@ def adapter(change: Callable[[Tensors], object]) -> Damage:
     return lambda root: edit_tensors(root / ADAPTER, change)
 
 
+def text_config(**changes: object) -> Damage:
+    """Of the base, the language model's part."""
+
+    def damage(root: Path) -> None:
+        path = root / "../base/config.json"
+        edit_json(path, text_config=json.loads(path.read_bytes())["text_config"] | changes)
+
+    return damage
+
+
 def adapter_config(**changes: object) -> Damage:
     return lambda root: edit_json(root / ADAPTER_CONFIG, **changes)
 
@@ -297,11 +307,13 @@ FAULTS: dict[str, tuple[Damage, str]] = {
         "config.json: expected full-precision weights",
     ),
     "a base with sliding windows": (
-        lambda root: edit_json(
-            root / "../base/config.json",
-            text_config=json.loads((root / "../base/config.json").read_bytes())["text_config"] | {"layer_types": ["sliding_attention"] * 2},
-        ),
+        text_config(layer_types=["sliding_attention"] * 2),
         "config.json: expected full attention in every layer",
+    ),
+    "a base with another activation": (text_config(hidden_act="gelu"), "config.json: expected hidden_act 'silu', found 'gelu'"),
+    "a base whose rotary positions grow with the length": (
+        text_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0, "mrope_section": [2, 3, 3]}),
+        "config.json: rope_type 'dynamic'",
     ),
     "a base weight missing": (base(remove("layers.1.mlp")), "base: 1 missing keys in the base weights, first language_model.layers.1.mlp"),
     "a base weight too many": (base(lambda tensors: tensors.update({"visual.extra": torch.ones(2)})), "1 unexpected keys .*visual.extra"),

@@ -625,3 +625,15 @@ def test_a_picture_of_two_prompts_is_looked_at_once_in_a_batch_whatever_the_cach
     here = world(max_bytes=0)
     here.score(group("cat", "a", ["x"]), group("cat", "b", ["x"]))
     assert here.backend.pictures == ["cat"]
+
+
+def test_when_memory_runs_out_what_is_kept_on_the_device_is_given_up() -> None:
+    here = world()
+    here.score(group("cat", "a", ["x"]))
+    here.backend.fault = OutOfMemory("full")
+    with pytest.raises(OutOfMemory):
+        here.score(group("dog", "a", ["x"]))
+    sizes = {cache: here.counted("reward_cache_entries", cache) for cache in ("features", "prefixes", "scores")}
+    assert sizes == {"features": 0, "prefixes": 0, "scores": 1}
+    again = group("cat", "a", ["x", "y"])
+    assert here.score(again)[0].values == wanted(again)

@@ -26,6 +26,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from app.artifacts import open_artifact
+from app.bench.workload import Workload
+from app.contracts import EncodedGroup
+from app.encoding import load_encoder
+from app.golden import GOLDEN_LIMITS
+
 SCRIPTS = Path(__file__).parents[2] / "deploy/benchmarks"
 Request = dict[str, Any]
 Reply = Callable[[str, Request], Any]
@@ -427,3 +433,28 @@ def test_overhead_refuses_bad_arguments(flags: list[str], message: str) -> None:
 def test_the_readme_names_every_file_here() -> None:
     text = (SCRIPTS / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in SCRIPTS.iterdir() if path.is_file() and path.name != "README.md" and path.name not in text] == []
+
+
+# The steps of the serving forward
+
+
+def test_steps_take_turns_on_the_same_groups_and_are_held_against_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = load("steps")
+    encoder = load_encoder(open_artifact("demo"))
+    asked: list[tuple[str, int]] = []
+
+    def step(name: str, shift: float, *, keeps: bool) -> Any:
+        def score(group: EncodedGroup) -> list[float]:
+            asked.append((name, id(group)))
+            return [len(row) + shift for row in group.rows]
+
+        return steps.Step(name, score, keeps=keeps)
+
+    first, second = step("first", 0.0, keeps=False), step("second", 0.25, keeps=True)
+    steps.measure([first, second], Workload(encoder, GOLDEN_LIMITS), 3, 2)
+    assert [name for name, _ in asked] == ["first", "second", "second"] * 3
+    assert asked[0][1] == asked[1][1] != asked[2][1]  # cold is the same group for both, warm another
+    assert [len(times) for times in (first.cold, first.warm, second.cold, second.warm)] == [2, 0, 2, 2]
+    assert (first.difference, second.difference) == (0.0, 0.25)
+    steps.print_table([first, second], "two steps")
+    assert "2.5e-01" in capsys.readouterr().out
