@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.contracts import EncodedGroup, Job, Scores
-from app.errors import ApiError, DeadlineExceeded, NonfiniteScore, OutOfMemory, ScoringFailed
+from app.errors import ApiError, DeadlineExceeded, DoesNotFit, NonfiniteScore, OutOfMemory, ScoringFailed
 from app.planning import Filling, plan_batch, some_rows
 
 Outcome = Scores | ApiError
@@ -225,7 +225,7 @@ def _checked(num_rows: int, scores: Scores) -> Outcome:
 def _blame(error: Exception) -> ApiError:
     """What the client is told; without the trace, whose frames would hold on to tensors."""
     if isinstance(error, OutOfMemory):
-        return ScoringFailed("one caption alone does not fit into the memory of the device", code="out_of_memory")
+        return DoesNotFit("one caption alone does not fit into the memory of the device")
     return error.with_traceback(None) if isinstance(error, ApiError) else ScoringFailed("the forward pass failed")
 
 

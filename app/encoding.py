@@ -99,15 +99,18 @@ class Encoder:
 
     @property
     def max_row_tokens(self) -> int:
-        """The most tokens one caption with its prompt and image can have."""
+        """The most tokens one caption with its prompt and image can have, but for slivers."""
         config = self._config
-        image = (
-            self._processor.size["longest_edge"] // (self._processor.patch_size * self._processor.merge_size) ** 2
-            if self.takes_images
-            else 0
-        )
+        image = self._max_image_tokens() if self.takes_images else 0
         frame = self._num_lead + self._num_between + self._num_trail
-        return int(frame + image + config.max_prompt_tokens + config.max_caption_tokens)
+        return frame + image + config.max_prompt_tokens + config.max_caption_tokens
+
+    def _max_image_tokens(self) -> int:
+        """Of a square; where the recipe leaves pictures at their size, of the processor's largest."""
+        edge = self._config.image.long_edge
+        if edge is not None:
+            return self.image_tokens(edge, edge)
+        return int(self._processor.size["longest_edge"] // (self._processor.patch_size * self._processor.merge_size) ** 2)
 
     def encode_image(self, image: RgbImage) -> EncodedImage:
         """Shrink by the artifact's recipe, then the published image processor (PIL backend, same pixels everywhere)."""

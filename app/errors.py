@@ -24,7 +24,8 @@ PunchlineError
     │   ├── NotReady
     │   └── DeadlineExceeded
     └── ScoringFailed               500: the device or the model failed this request
-        └── NonfiniteScore
+        ├── NonfiniteScore
+        └── DoesNotFit
 """
 
 
@@ -240,6 +241,13 @@ class ScoringFailed(ApiError):
     status = 500
     code = "scoring_failed"
     retryable = True
+
+
+class DoesNotFit(ScoringFailed):
+    """One caption alone takes more memory than the device has left; the same request fails again."""
+
+    code = "out_of_memory"
+    retryable = False
 
 
 class NonfiniteScore(ScoringFailed):

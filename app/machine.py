@@ -68,9 +68,10 @@ def reset_peak() -> bool:
     return True
 
 
-def mapped_files(suffix: str, maps: Path = Path("/proc/self/maps")) -> list[tuple[int, int]]:
-    """Address ranges, first and behind the last byte, of files with this suffix that are mapped into memory. Sorted."""
-    ranges = [line.split()[0].split("-") for line in _read(maps).splitlines() if line.rstrip().endswith(suffix)]
+def mapped_files(maps: Path = Path("/proc/self/maps")) -> list[tuple[int, int]]:
+    """Address ranges, first and behind the last byte, where files are mapped into memory, whatever they are called. Sorted."""
+    fields = [line.split(maxsplit=5) for line in _read(maps).splitlines()]
+    ranges = [parts[0].split("-") for parts in fields if len(parts) > 5 and parts[5].startswith("/")]
     return sorted((int(first, 16), int(behind, 16)) for first, behind in ranges)
 
 

@@ -33,7 +33,7 @@ from app.settings import Settings
 log = logging.getLogger("punchline")
 TensorScorer = ReusingScorer[torch.Tensor, torch.Tensor]
 _PRACTICE_TOKENS, _MIN_PRACTICE_TOKENS = 1024, 64  # of the batch that is measured on a CPU, where the whole would take a minute
-_SCORE_BYTES = 400  # a score, its key and their places in the cache
+_SCORE_BYTES, _ENTRY_BYTES = 700, 1000  # of a score, and of an entry beside its tensors: keys and places in the cache
 
 
 @dataclass(slots=True)
@@ -121,6 +121,8 @@ def measured_budgets(settings: Settings, engine: Engine, encoder: Encoder, devic
             if tokens <= _MIN_PRACTICE_TOKENS:
                 raise SettingsInvalid(f"the model leaves no memory for a batch of {tokens} tokens on {device}") from None
             tokens //= 2
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what practice left in torch's hands is free as well
     left = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     host_caches = settings.image_store_bytes + settings.pixel_cache_bytes + settings.score_cache_bytes
     if left is not None and device.type != "cuda":
@@ -142,7 +144,9 @@ def build_scorer(
     """The scorer of the device thread, its caches of the sizes that the budgets say."""
     caches = Caches(
         features=ByteBoundedCache[torch.Tensor]("features", budgets.feature_cache_bytes, lambda features: features.nbytes, metrics),
-        prefixes=ByteBoundedCache[KeptPrefix[torch.Tensor]]("prefixes", budgets.prefix_cache_bytes, lambda kept: kept.num_bytes, metrics),
+        prefixes=ByteBoundedCache[KeptPrefix[torch.Tensor]](
+            "prefixes", budgets.prefix_cache_bytes, lambda kept: kept.num_bytes + _ENTRY_BYTES, metrics
+        ),
         scores=ByteBoundedCache[float]("scores", settings.score_cache_bytes, lambda _: _SCORE_BYTES, metrics),
     )
     return ReusingScorer(

@@ -315,7 +315,7 @@ def _refuse_nonfinite(model: RewardModel, artifact: Artifact) -> None:
 
 def _own_memory(model: RewardModel) -> None:
     """Copy what is still a mapped file, tensor by tensor: a file that changes after its check must not change what is served."""
-    mapped = mapped_files(".safetensors")
+    mapped = mapped_files()
     firsts = [first for first, _ in mapped]
     for tensor in model.parameters():
         data = tensor.data

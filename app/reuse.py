@@ -136,6 +136,8 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         """`lead_ids`: what every group of this model begins with, before its image and prompt; computed once."""
         self._lead_ids = lead_ids if lead_ids is not None and len(lead_ids) >= _MIN_LEAD else None
         self._lead: KeptPrefix[_KeysValues] | None = None
+        self._made_lead: KeptPrefix[_KeysValues] | None = None  # computed in the batch at hand
+        self._is_doubtful = False  # whether the batch at hand found something wrong
         self._backend = backend
         self._caches = caches
         self._fingerprint = fingerprint
@@ -170,15 +172,22 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
 
         Raises OutOfMemory, after it gave up what it kept on the device: the caller's smaller batches may need the room.
         """
-        self._made = {}
         try:
             return self._score(prepared)
         except OutOfMemory:
-            self._caches.prefixes.clear()
-            self._caches.features.clear()
+            self._forget_device()
             raise
         finally:
-            self._made = {}
+            self._made, self._made_lead = {}, None
+            if self._is_doubtful:  # what was made of something wrong is wrong as well
+                self._is_doubtful = False
+                self._forget_device()
+                self._caches.scores.clear()
+
+    def _forget_device(self) -> None:
+        self._lead = None
+        self._caches.prefixes.clear()
+        self._caches.features.clear()
 
     def _score(self, prepared: Batch) -> list[Scores]:
         outcomes = [self._known(part) for part in prepared.parts]
@@ -192,13 +201,17 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
     def _part(self, name: _Name, image: EncodedImage | None, rows: Sequence[Ids]) -> _Part:
         image_id, prompt = name.key
         key = f"{self._fingerprint}:{image_id}:{prompt.hex()}"
+        if self._deterministic:  # the bits of a row depend on where it leaves its prefix
+            key = scope = f"{key}:{name.num_prefix}"
+        else:
+            scope = f"{self._fingerprint}:{image_id}"
         return _Part(
-            key=f"{key}:{name.num_prefix}" if self._deterministic else key,
+            key=key,
             fresh=name.fresh,
             image=image,
             prefix_ids=rows[0][: name.num_prefix],
             rows=tuple(rows),
-            score_keys=tuple(f"{self._fingerprint}:{image_id}:{hashlib.sha256(row.tobytes()).hexdigest()}" for row in rows),
+            score_keys=tuple(f"{scope}:{hashlib.sha256(row.tobytes()).hexdigest()}" for row in rows),
         )
 
     def _known(self, part: _Part) -> _Outcome:
@@ -215,7 +228,7 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         if part.fresh:
             outcome.num_new_prefix = len(part.prefix_ids)
             features = self._made_now(part.image) if part.image is not None else None
-            return Share(part.prefix_ids, rows, part.image, features, None), None
+            return Share(part.prefix_ids, rows, part.image, features, None, self._fresh_lead(part)), None
         kept = self._caches.prefixes.get(part.key)
         if kept is not None and not kept.fits(part.prefix_ids):
             self._audits["prefixes"].record(agrees=False, what="of other ids")
@@ -227,20 +240,30 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
             return Share(part.prefix_ids, rows, part.image, None, kept), None
         outcome.num_new_prefix = len(part.prefix_ids)
         features = self._features(part.image) if part.image is not None else None
-        lead = self._lead_of(part, outcome) if doubted is None or self._deterministic else None  # an audit doubts the lead, too
+        lead = self._lead_of(part, outcome) if doubted is None else self._fresh_lead(part)  # an audit doubts the beginning, too
         return Share(part.prefix_ids, rows, part.image, features, None, lead), doubted
 
     def _lead_of(self, part: _Part, outcome: _Outcome) -> KeptPrefix[_KeysValues] | None:
         """What is known of the beginning of a prefix. Whoever asks first pays for it."""
-        ids = self._lead_ids
-        if ids is None or len(part.prefix_ids) <= len(ids) or not np.array_equal(part.prefix_ids[: len(ids)], ids):
+        if self._lead is not None and self._begins_with_lead(part):
+            outcome.num_new_prefix -= len(self._lead.ids)
+            return self._lead
+        return self._fresh_lead(part)
+
+    def _fresh_lead(self, part: _Part) -> KeptPrefix[_KeysValues] | None:
+        """The beginning computed in this batch, once; a kept one is held against it."""
+        if self._lead_ids is None or not self._begins_with_lead(part):
             return None
-        if self._lead is None:
-            (answer,) = self._backend.forward([Share(ids, (), None, None, None)])
-            self._lead = answer.prefix
-        else:
-            outcome.num_new_prefix -= len(ids)
-        return self._lead
+        if self._made_lead is None:
+            (answer,) = self._backend.forward([Share(self._lead_ids, (), None, None, None)])
+            self._made_lead = answer.prefix
+            if self._lead is not None:
+                self._compare("prefixes", self._lead.keys_values, answer.prefix.keys_values)
+        return self._made_lead
+
+    def _begins_with_lead(self, part: _Part) -> bool:
+        ids = self._lead_ids
+        return ids is not None and len(part.prefix_ids) > len(ids) and np.array_equal(part.prefix_ids[: len(ids)], ids)
 
     def _features(self, image: EncodedImage) -> _Features:
         if image.image_id in self._made:
@@ -293,6 +316,7 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         if share.kept is None:
             if sound:
                 self._keep(part, share, answer.prefix)
+                self._lead = self._made_lead or self._lead
         else:
             outcome.num_prefix = min(outcome.num_prefix, len(share.kept.ids))
         fresh = iter(answer.scores)
@@ -301,12 +325,15 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
                 self._take(outcome, index, key, next(fresh), sound=sound)
 
     def _keep(self, part: _Part, share: Share[_Features, _KeysValues], prefix: KeptPrefix[_KeysValues]) -> None:
-        self._caches.prefixes.put(part.key, prefix)
+        if share.num_prefix:
+            self._caches.prefixes.put(part.key, prefix)
         if share.image is not None and share.features is not None:
             self._caches.features.put(self._image_key(share.image), share.features)
 
     def _compare(self, cache: str, kept: Any, fresh: Any) -> None:
-        self._audits[cache].record(agrees=self._backend.agree(kept, fresh, exact=self._deterministic))
+        agrees = self._backend.agree(kept, fresh, exact=self._deterministic)
+        self._audits[cache].record(agrees=agrees)
+        self._is_doubtful |= not agrees
 
     def _take(self, outcome: _Outcome, index: int, key: str, score: float, *, sound: bool) -> None:
         kept = outcome.scores[index]

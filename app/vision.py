@@ -17,7 +17,7 @@ from torch import Tensor
 from app.layers import norm, plus, rotate, silu, times
 from app.varlen import Segments, attend
 
-_MAX_GRIDS = 256  # shapes of pictures whose geometry is kept
+_MAX_GRIDS = 32  # shapes of pictures whose geometry is kept
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from app.caches import ByteBoundedCache
+from app.contracts import Ids
 from app.metrics import Metrics
 from app.reuse import Backend, Caches, KeptPrefix, ReusingScorer
 
@@ -20,6 +21,7 @@ def reusing(
     score_tolerance: float = 1e-4,
     deterministic: bool = False,
     audit_every: int = 0,
+    lead_ids: Ids | None = None,
 ) -> ReusingScorer[Any, Any]:
     """Features count their own bytes, a score 100."""
     metrics = metrics or Metrics()
@@ -36,4 +38,5 @@ def reusing(
         score_tolerance=score_tolerance,
         deterministic=deterministic,
         audit_every=audit_every,
+        lead_ids=lead_ids,
     )

@@ -339,7 +339,7 @@ async def test_one_caption_that_does_not_fit_fails_its_own_group() -> None:
         assert_scored(found[0], groups[0])
         assert_scored(found[2], groups[2])
         assert isinstance(found[1], ScoringFailed)
-        assert (found[1].code, found[1].status, found[1].retryable) == ("out_of_memory", 500, True)
+        assert (found[1].code, found[1].status, found[1].retryable) == ("out_of_memory", 500, False)
         assert bench.batcher.alive
 
 

@@ -539,16 +539,48 @@ def test_a_known_beginning_is_not_computed_again_and_changes_no_score(worlds: Wo
         assert [scores.values for scores in together[::-1]] == [one.values, other.values]
 
 
-def test_an_audit_of_a_prefix_doubts_the_beginning_too(worlds: Worlds) -> None:
+@pytest.mark.parametrize("how", ["audit", "selftest"])
+def test_a_beginning_that_went_wrong_is_found_and_forgotten(worlds: Worlds, how: str) -> None:
     here = worlds("vision")
     metrics = Metrics()
-    (group,) = here.groups([(0, ("x", "the penguin"), None)])
-    lead_ids = here.encoder.lead_ids
-    scorer = scorer_of(here.engine, metrics=metrics, lead_ids=lead_ids, audit_every=1, max_bytes=(MIB, MIB, 0))
-    run(scorer, [group])
-    run(scorer, [group])
-    assert sample(metrics, "reward_cache_audits_total", cache="prefixes") == 1
+    one, other = here.groups([(0, ("x", "the penguin"), None), (1, ("x", "the penguin"), None)])
+    expected = score_plain(here.plain, [one, other])
+    audited = 1 if how == "audit" else 0
+    scorer = scorer_of(here.engine, metrics=metrics, lead_ids=here.encoder.lead_ids, audit_every=audited, max_bytes=(MIB, MIB, 0))
+    run(scorer, [one])
+    assert error(run(scorer, [one]), expected[:1]) <= 1e-5
     assert not sample(metrics, "reward_cache_audit_mismatches_total", cache="prefixes")
+    with torch.inference_mode():
+        scorer._lead.keys_values.add_(1.0)
+    run(scorer, [replace(one, fresh=how == "selftest")])
+    assert sample(metrics, "reward_cache_audit_mismatches_total", cache="prefixes") == 1
+    assert error(run(scorer, [other]), expected[1:]) <= 1e-5
+
+
+def test_a_beginning_that_gave_no_finite_score_is_not_kept(worlds: Worlds) -> None:
+    here = worlds("vision")
+    (group,) = here.groups([(0, ("x",), None)])
+    scorer = scorer_of(here.engine, lead_ids=here.encoder.lead_ids)
+    weight = here.model.head.linear.weight
+    kept = weight.clone()
+    weight.fill_(torch.nan)
+    try:
+        assert np.isnan(flat(run(scorer, [group]))).all()
+    finally:
+        weight.copy_(kept)
+    assert scorer._lead is None
+    assert error(run(scorer, [group]), score_plain(here.plain, [group])) <= 1e-5
+
+
+def test_deterministic_scores_know_where_a_row_leaves_its_prefix(worlds: Worlds) -> None:
+    """The same ids, cut at different places between prompt and caption, are different computations."""
+    here = worlds("raw")
+    text = "the penguin brought an umbrella to the office"
+    groups = here.groups([(0, (text[cut:],), text[:cut]) for cut in (4, 12, 20, 31)])
+    deterministic = scorer_of(here.engine, deterministic=True)
+    warm = [run(deterministic, [group])[0].values for group in groups]
+    alone = [run(scorer_of(here.engine, deterministic=True), [group])[0].values for group in groups]
+    assert warm == alone
 
 
 def test_deterministic_with_an_empty_prefix(worlds: Worlds) -> None:

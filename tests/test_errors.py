@@ -101,6 +101,7 @@ STABLE = {
     "deadline_exceeded": 503,
     "scoring_failed": 500,
     "nonfinite_score": 500,
+    "out_of_memory": 500,
 }
 
 

@@ -457,8 +457,10 @@ def test_a_wrong_prefix_is_counted_and_replaced(deterministic: bool) -> None:
     assert (scores.values, costs(scores)[1:]) == (wanted(later), (9, 0))
     assert here.audits("prefixes") == (1, 1)
     assert here.prefixes.kept[key].keys_values == kept.keys_values
-    here.score(group("cat", "ab", ["zzz"]))
-    assert here.audits("prefixes") == (2, 1)
+    assert [here.counted("reward_cache_entries", cache) for cache in ("features", "prefixes", "scores")] == [0, 0, 0]  # all forgotten
+    again = group("cat", "ab", ["zzz"])
+    assert here.score(again)[0].values == wanted(again)
+    assert here.audits("prefixes") == (1, 1)
 
 
 @both
