@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.server import Server, environment
+from tests.e2e.server import Server, environment, started
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,6 +45,13 @@ def steps() -> Iterator[Step]:
 
 
 STEPS = list(steps())
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """One that nobody asked before: answers tell what was computed and what was known."""
+    with started() as running:
+        yield running
 
 
 def test_there_is_something_to_run() -> None:
