@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from app.caches import ByteBoundedCache
 from app.contracts import EncodedGroup, EncodedImage, Ids, Job, Scores
 from app.dispatch import Answer, Batch, Dispatch
-from app.errors import ApiError, DeadlineExceeded, NonfiniteScore, OutOfMemory, ScoringFailed
+from app.errors import ApiError, DeadlineExceeded, DoesNotFit, NonfiniteScore, OutOfMemory, ScoringFailed
 from app.metrics import Metrics
 from app.planning import plan_batch
 from app.reuse import Answer as Computed
@@ -266,7 +266,7 @@ class StatesMachine(RuleBasedStateMachine):
 
     def fail(self, batch: Batch, error: Exception) -> None:
         if not batch.can_halve(error):
-            self.faults.setdefault(batch.pieces[0].job, ScoringFailed)
+            self.faults.setdefault(batch.pieces[0].job, DoesNotFit if isinstance(error, OutOfMemory) else ScoringFailed)
         self.deliver(self.core.fail(batch, error, self.now))
 
     # What the event loop does
@@ -410,7 +410,7 @@ def test_the_other_half_of_a_group_that_failed_is_not_computed() -> None:
     assert core.fail(begun(core), OutOfMemory("full"), 2.0) == []
     (answer,) = core.fail(begun(core), OutOfMemory("full"), 3.0)
     assert answer.job is job
-    assert isinstance(answer.outcome, ScoringFailed)
+    assert isinstance(answer.outcome, DoesNotFit)
     assert core.plan(4.0).batch is None
     assert core.is_idle
 
