@@ -91,7 +91,13 @@ class Reservation:
             self._num_tokens += num_tokens
 
     def settle(self, bound: int, num_tokens: int) -> None:
-        """Give back what an upper bound took too much, now that the true number is known."""
+        """Give back what an upper bound took too much, now that the true number is known.
+
+        A group that is cut repeats its prefix and may cost more than the bound: what is missing is taken as by `add_tokens`.
+        """
+        if num_tokens > bound:
+            self.add_tokens(num_tokens - bound)
+            return
         with self._lock:
             if self._open:
                 self._admission._give(0, bound - num_tokens)
@@ -108,7 +114,7 @@ class Reservation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pass:
+class _Ran:
     """A batch that came through the device: what became of it and what it took."""
 
     batch: Batch
@@ -250,7 +256,7 @@ class Batcher:
             return True
         seconds = self._busy_since(began)
         with self._lock:
-            self._tell(self._dispatch.succeed(batch, outcomes, began + seconds), _Pass(batch, seconds, results, outcomes))
+            self._tell(self._dispatch.succeed(batch, outcomes, began + seconds), _Ran(batch, seconds, results, outcomes))
         return True
 
     def _next_to_run(self) -> tuple[Batch, Any] | None:
@@ -269,7 +275,7 @@ class Batcher:
         seconds = 0.0 if began is None else self._busy_since(began)
         now = self._clock()
         with self._lock:
-            self._tell(self._dispatch.fail(batch, error, now), _Pass(batch, seconds) if began is not None else None)
+            self._tell(self._dispatch.fail(batch, error, now), _Ran(batch, seconds) if began is not None else None)
 
     def _count(self, batch: Batch, error: Exception) -> None:
         if isinstance(error, OutOfMemory):
@@ -286,7 +292,7 @@ class Batcher:
         self._metrics.device_busy.inc(seconds)
         return seconds
 
-    def _tell(self, answers: Sequence[Answer], ran: _Pass | None = None) -> None:
+    def _tell(self, answers: Sequence[Answer], ran: _Ran | None = None) -> None:
         """Under the lock, after each step: wake who can go on, send the event loop what it has to know."""
         self._notify()
         if self._loop is not None:
@@ -307,7 +313,7 @@ class Batcher:
         self._to_run.notify()
         return self._dispatch.close()
 
-    def _deliver(self, answers: Sequence[Answer], ran: _Pass | None) -> None:
+    def _deliver(self, answers: Sequence[Answer], ran: _Ran | None) -> None:
         """On the event loop."""
         for answer in answers:
             _resolve(answer.job, answer.outcome)
@@ -324,7 +330,7 @@ class Batcher:
             if ran.outcomes:
                 self._measure(ran)
 
-    def _measure(self, ran: _Pass) -> None:
+    def _measure(self, ran: _Ran) -> None:
         scored = [outcome for outcome in ran.outcomes if isinstance(outcome, Scores)]
         computed = sum(outcome.num_computed_tokens for outcome in scored)
         self._metrics.batches.labels("ok").inc()

@@ -706,6 +706,20 @@ def test_a_bound_settles_to_the_true_number() -> None:
     assert queued(metrics) == (0, 0)
 
 
+def test_a_group_that_is_cut_takes_its_repeated_prefix_or_is_refused() -> None:
+    """The bound counts a prefix once; every piece of a group that is larger than a batch has it again."""
+    admission, metrics = admission_of(max_tokens=100)
+    with admission.reserve(1) as reservation, admission.reserve(1) as other:
+        reservation.add_tokens(50)
+        reservation.settle(50, 70)
+        assert queued(metrics) == (2, 70)
+        other.add_tokens(20)
+        with pytest.raises(Overloaded):
+            other.settle(20, 40)
+        assert queued(metrics) == (2, 90)
+    assert queued(metrics) == (0, 0)
+
+
 def test_threads_that_share_a_reservation_lose_no_tokens() -> None:
     admission, metrics = admission_of(max_items=1, max_tokens=1 << 30)
     with ThreadPoolExecutor(4) as pool, admission.reserve(1) as reservation:
