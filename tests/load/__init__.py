@@ -1,0 +1,1 @@
+"""Load, faults and restarts against real processes whose every right answer is known beforehand."""

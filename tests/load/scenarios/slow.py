@@ -1,0 +1,154 @@
+"""T8: hundreds of clients that dribble heads or bodies, or never take their answers. Others are served as before."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from tests.load.arrivals import arrive, moments, quantile
+from tests.load.asking import Asker
+from tests.load.processes import Oracle, oracle
+from tests.load.scenario import Report, Run, Scenario, settled
+from tests.load.tally import Tally
+from tests.load.wire import Pool, get
+
+_RATE, _GROUP_SIZE = 40.0, 8
+_MAX_RATIO = 1.5
+_DRIBBLE_S = 1.0  # between two bytes of the slow
+_HEAD_S, _BODY_S, _WRITE_S = 2.0, 3.0, 3.0
+_BUDGET_S = 2 * max(_HEAD_S, _BODY_S, _WRITE_S) + 4  # one of the slow is shown out by one of these, or by two after each other
+_BROKEN = (OSError, asyncio.IncompleteReadError)
+
+
+@dataclass(slots=True)
+class Attack:
+    """The slow, by kind, and how long each of them was let in."""
+
+    port: int
+    num_each: int
+    is_over: bool = False
+    began: float = 0.0
+    stays_s: dict[str, list[float]] = field(default_factory=lambda: {"head": [], "body": [], "reading": []})
+
+    @property
+    def num_slow(self) -> int:
+        return 2 * self.num_each + self.num_each // 5
+
+    async def run(self) -> None:
+        """All at once, until the last is out or `is_over`."""
+        kinds: list[tuple[str, Callable[[], Awaitable[None]], int]] = [
+            ("head", self._dribble_head, self.num_each),
+            ("body", self._dribble_body, self.num_each),
+            ("reading", self._never_read, self.num_each // 5),
+        ]
+        await asyncio.gather(*(self._stay(name, slow) for name, slow, count in kinds for _ in range(count)))
+
+    async def _stay(self, name: str, slow: Callable[[], Awaitable[None]]) -> None:
+        began = time.monotonic()
+        with suppress(*_BROKEN):
+            await slow()
+        if not self.is_over:
+            self.stays_s[name].append(time.monotonic() - began)
+
+    async def _dribble_head(self) -> None:
+        await self._dribble(b"POST /score HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+
+    async def _dribble_body(self) -> None:
+        await self._dribble(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n{")
+
+    async def _dribble(self, beginning: bytes) -> None:
+        """A byte now and then until the server has enough of it."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            writer.write(beginning)
+            ended = asyncio.ensure_future(reader.read())  # until its end: there may be an answer before
+            while not ended.done() and not self.is_over:
+                writer.write(b"x")
+                await asyncio.wait({ended}, timeout=_DRIBBLE_S)
+            ended.cancel()
+        finally:
+            writer.transport.abort()
+
+    async def _never_read(self) -> None:
+        """Ask for large answers and take none: a socket whose buffers stay full."""
+        own = socket.socket()
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        own.setblocking(False)
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.sock_connect(own, ("127.0.0.1", self.port))
+            await loop.sock_sendall(own, get("/openapi.json") * 60)
+            while not self.is_over:
+                await asyncio.sleep(_DRIBBLE_S)
+                own.getpeername()  # raises once the server gave it up
+                await loop.sock_sendall(own, b"\r\n")
+        finally:
+            own.close()
+
+
+async def run(run: Run) -> Report:
+    report, tally = Report(), Tally()
+    limits: dict[str, float] = {"header_timeout_s": _HEAD_S, "body_timeout_s": _BODY_S, "write_timeout_s": _WRITE_S}
+    if run.plant == "patient":
+        limits = {"header_timeout_s": 75, "body_timeout_s": 600, "write_timeout_s": 600, "min_body_rate": 0}
+    settings = {name: str(value) for name, value in limits.items()}
+    async with oracle("--a-ms", "5", "--b-ms", "0.5", core=run.core, **settings) as server:
+        pool, asker = server.pool(), Asker(seed=31, num_pictures=8, forms=("base64",))
+        attack = Attack(server.port, 20 if run.plant else int(run.pick(50, 500)))
+        seconds = 1.0 if run.plant else run.pick(3.0, 20.0)
+        await _healthy(pool, asker, Tally(), 0.5)
+        before = await settled(server)
+        baseline = await _healthy(pool, asker, tally, seconds)
+        attack.began = time.monotonic()
+        attacking = asyncio.create_task(attack.run())
+        await asyncio.sleep(0.2)  # all are connected
+        attacked = await _healthy(pool, asker, tally, seconds)
+        left_s = max(0.0, attack.began + _BUDGET_S - time.monotonic())
+        await asyncio.wait({attacking}, timeout=left_s)
+        attack.is_over = True
+        await attacking
+        num_files = await _files_at_rest(server)
+        after = await settled(server)
+        pool.close()
+    report.add_tally(tally)
+    report.add_zero("healthy requests refused or failed", tally.num_sent - tally.requests["ok"], tally.num_sent)
+    p99 = quantile(attacked, 0.99), quantile(baseline, 0.99)
+    text = f"{p99[0] * 1000:.1f} / {p99[1] * 1000:.1f} ms = {p99[0] / p99[1]:.2f}, of {len(attacked)} and {len(baseline)}"
+    report.add("healthy p99, under attack / baseline", text, p99[0] <= _MAX_RATIO * p99[1], is_timed=True)
+    num_out = sum(map(len, attack.stays_s.values()))
+    longest = {name: f"{max(stays, default=0.0):.1f} s" for name, stays in attack.stays_s.items()}
+    report.add("slow clients shown out", f"{num_out} of {attack.num_slow}, the last after {longest}", num_out == attack.num_slow)
+    report.add("open files afterwards", num_files)
+    refused = {name: after[name] - before.get(name, 0.0) for name in after if name.startswith("http_server_refused_connections_total")}
+    report.add("connections ended, by reason", {name.split('"')[1]: int(count) for name, count in refused.items() if count})
+    return report
+
+
+async def _healthy(pool: Pool, asker: Asker, tally: Tally, seconds: float) -> list[float]:
+    """Latencies of an open-loop load, from the intended moments."""
+    took: list[float] = []
+
+    async def begin(intended: float) -> None:
+        await tally.ask(pool, asker.of(asker.unique_captions(_GROUP_SIZE), name="h"))
+        took.append(time.monotonic() - intended)
+
+    await arrive(moments(_RATE, seconds, seed=31), begin)
+    return took
+
+
+async def _files_at_rest(server: Oracle) -> int:
+    """Open files of the server once the last of the slow is gone on both sides."""
+    found = server.num_files
+    for _ in range(40):
+        await asyncio.sleep(0.05)
+        if server.num_files == found:
+            break
+        found = server.num_files
+    return found
+
+
+SLOW = Scenario("T8", "slow clients: heads, bodies and readers that never end, beside normal load", ("patient",), run)
