@@ -22,8 +22,10 @@ COMPOSE_FILES = ("compose.yaml", "compose.cpu.yaml")
 DASHBOARDS = sorted((DEPLOY / "grafana/dashboards").glob("*.json"))
 SETTINGS = {PREFIX + name.upper() for name in Settings.model_fields}
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
-LINUX_PROCESS_SERIES = ("process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds")
+LINUX_PROCESS_SERIES = ("process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds", "process_start_time_seconds")
+PROMETHEUS_SERIES = {"up": set[str](), "ALERTS": {"alertname", "alertstate", "severity"}}  # what it adds by itself
 TARGET_LABELS = {"instance", "job"}  # Prometheus adds them to every series
+FLUSH_S = 2  # a stopping server's last answers
 PROMQL_WORDS = {"by", "without", "on", "ignoring", "group_left", "group_right", "bool", "offset", "and", "or", "unless", "inf", "nan"}
 BUILD_TOOLS = {"gcc", "g++", "build-essential", "make", "ninja-build", "python3-pip", "python3-venv", "python3-dev", "git"}
 
@@ -85,8 +87,8 @@ def required(entry: str | dict[str, Any]) -> bool:
 
 
 def series() -> dict[str, set[str]]:
-    """Every series the server can expose, with its labels."""
-    found: dict[str, set[str]] = {name: set() for name in LINUX_PROCESS_SERIES}
+    """Every series the server and Prometheus can have, with its labels."""
+    found: dict[str, set[str]] = {name: set() for name in LINUX_PROCESS_SERIES} | PROMETHEUS_SERIES
     for metric in vars(Metrics()).values():
         for family in metric.describe() if hasattr(metric, "describe") else ():
             for suffix in SUFFIXES[family.type]:
@@ -101,16 +103,16 @@ def metric_names(expression: str) -> set[str]:
     return {name for name in re.findall(r"[a-zA-Z_:][\w:]*\b(?!\s*\()", text) if name not in PROMQL_WORDS}
 
 
-def expression_faults(expression: str, legend: str = "") -> list[str]:
-    """Metrics and labels of a panel's query that the server does not have."""
-    known = series()
+def expression_faults(expression: str, legend: str = "", recorded: dict[str, set[str]] | None = None) -> list[str]:
+    """Metrics and labels of a query that neither the server nor what is recorded has."""
+    known = series() | (recorded or {})
     names = metric_names(expression)
     faults = [f"no metric {name}" for name in sorted(names - known.keys())]
     for name, matchers in re.findall(r"([a-zA-Z_:][\w:]*)\s*\{([^}]*)\}", expression):
         labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", matchers))
         faults += [f"{name} has no label {label}" for label in sorted(labels - known.get(name, labels) - TARGET_LABELS)]
     anywhere = TARGET_LABELS.union(*(known.get(name, set()) for name in names))
-    grouped = {label.strip() for clause in re.findall(r"\bby\s*\(([^)]*)\)", expression) for label in clause.split(",")}
+    grouped = {label.strip() for clause in re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", expression) for label in clause.split(",")}
     faults += [f"no metric here has the label {label}" for label in sorted(grouped - anywhere)]
     faults += [f"the legend names {label}, which is not kept" for label in sorted(set(re.findall(r"\{\{\s*(\w+)", legend)) - grouped)]
     return faults
@@ -244,7 +246,8 @@ def test_compose_sets_only_settings_that_exist() -> None:
 
 def test_compose_waits_longer_than_the_drain() -> None:
     grace = compose("compose.yaml")["services"]["punchline"]["stop_grace_period"]
-    assert int(grace.removesuffix("s")) > Settings.model_fields["drain_s"].default
+    defaults = {name: Settings.model_fields[name].default for name in ("drain_notice_s", "drain_s")}
+    assert int(grace.removesuffix("s")) > sum(defaults.values()) + FLUSH_S
 
 
 def test_prometheus_scrapes_the_service_on_its_port_with_the_key_compose_writes() -> None:
