@@ -17,9 +17,9 @@ from app import cli
 from app.bench.command import Options, bench, bench_settings, read_numbers, show
 from app.bench.load import BUSY, busy_seconds
 from app.bench.plot import check_plot, write_plot
-from app.bench.report import MAX_SHARE_OF_SPREAD, Report
+from app.bench.report import MAX_SHARE_OF_SPREAD, Hold, Report
 from app.bench.run import Plan, run_ways
-from app.bench.tables import WIDTH, tables_of
+from app.bench.tables import WIDTH, _mark, tables_of
 from app.bench.ways import COLD, HTTP_WARM, PADDED, PLAIN, WARM, WAYS, Measured, Row
 from app.errors import SettingsInvalid
 from app.geometry import GEOMETRIES, write_artifact
@@ -91,8 +91,21 @@ def test_the_table_has_all_of_it(report: Report) -> None:
     assert max(map(len, text.splitlines())) <= WIDTH
 
 
+def meant(report: Report) -> Report:
+    """As if it were of the model that the numbers to hold were set for."""
+    subject = replace(report.subject, model="qwen2.5-vl-3b", layers=36, vision_layers=32, dtype="bfloat16")
+    return replace(report, subject=subject)
+
+
+def test_another_model_is_held_to_no_number_of_speed(report: Report) -> None:
+    """They would all be missed, and say nothing."""
+    assert {hold.unit for hold in report.holds()} == {"", "ms", "%"}
+    assert not any("against" in hold.what or "memory" in hold.what or "ready" in hold.what for hold in report.holds())
+    assert any("against" in hold.what for hold in meant(report).holds())
+
+
 def test_a_way_that_disagrees_has_no_ratio(report: Report) -> None:
-    bad = wrong(report, COLD)
+    bad = meant(wrong(report, COLD))
     assert {row.way for row in bad.disagreeing} == {COLD}
     told = bad.as_dict()
     assert {entry["times_plain"] for entry in told["ways"] if entry["way"] == COLD} == {None}
@@ -105,6 +118,26 @@ def test_a_way_that_disagrees_has_no_ratio(report: Report) -> None:
     text = text_of(bad)
     assert "scores disagree, ratios refused: shared prefix, cold, groups of 8: 5.0e-01" in text
     assert "refused" in text
+
+
+def test_a_row_that_is_not_what_its_name_says_has_no_ratio(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    """A warm run whose prefix was computed again, or a cold one whose picture was not: every ratio of that row is refused."""
+    bad = changed(report, WARM, lambda row: replace(row, runs=(replace(row.runs[0], is_as_named=False), *row.runs[1:])))
+    assert [(row.way, row.num_captions) for row in bad.misnamed] == [(WARM, 1), (WARM, 8)]
+    told = bad.as_dict()
+    assert {entry["times_plain"] for entry in told["ways"] if entry["way"] == WARM} == {None}
+    assert {entry["share_of_limit"] for entry in told["ways"] if entry["way"] == WARM} == {None}
+    assert all(entry["times_plain"] for entry in told["ways"] if entry["way"] != WARM)
+    assert "not as cold or as warm as its name says, ratios refused: shared prefix, warm, groups of 8: " in text_of(bad)
+    assert (report.misnamed, show(bad, Options())) == ([], 1)
+    assert "refused" in capsys.readouterr().out
+
+
+def test_what_is_wrong_has_no_rate_either(report: Report) -> None:
+    bad = meant(wrong(report, COLD))
+    assert {entry["share_of_limit"] for entry in bad.as_dict()["ways"] if entry["way"] == COLD} == {None}
+    holds = {hold.what: hold for hold in bad.holds()}
+    assert holds["a group of 8, cold, share of the matrix rate"].found is None
 
 
 def test_a_padded_batch_that_disagrees_is_nobodys_measure(report: Report) -> None:
@@ -146,9 +179,13 @@ def test_the_exit_code_says_whether_scores_agree(report: Report, as_json: bool, 
 def test_numbers_to_hold_on_a_gpu(report: Report) -> None:
     of_16 = changed(report, COLD, lambda row: replace(row, num_captions=16))
     of_16 = changed(of_16, WARM, lambda row: replace(row, num_captions=16))
-    names = [hold.what for hold in replace(of_16, hardware=replace(report.hardware, device="cuda:0")).holds()]
+    on_gpu = replace(meant(of_16), hardware=replace(report.hardware, device="cuda:0"))
+    names = [hold.what for hold in on_gpu.holds()]
     assert "a group of 16, cold, share of the matrix rate" in names
     assert "groups of 16, warm, captions a second" in names
+    found = {hold.what: hold.found for hold in wrong(on_gpu, WARM).holds()}
+    assert found["groups of 16, warm, captions a second"] is None
+    assert found["groups of 16, cold, captions a second"] is not None
 
 
 @pytest.mark.parametrize("name", ["plot.png", "plot.svg"])
@@ -165,7 +202,10 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     """From a geometry to JSON on stdout; the artifact stays in the folder and serves the next run."""
     options = Options("tiny", layers=1, dtype="float32", groups="2", rounds=1, concurrency="", as_json=True, work=tmp_path / "work")
     assert bench(options, {"tiny": TINY}) == 0
-    told = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    assert "about " in err
+    assert " for 1 round of groups of 2 (" in err
+    told = json.loads(out)
     assert (told["subject"]["layers"], told["subject"]["vision_layers"], told["load"]) == (1, 2, [])
     assert {entry["captions"] for entry in told["ways"]} == {2}
     assert (tmp_path / "work" / "tiny-1-2" / "reward_model_config.json").is_file()
@@ -222,3 +262,12 @@ def test_the_server_under_test_refuses_nothing_the_bench_asks() -> None:
 def test_the_servers_own_count_of_its_devices_work() -> None:
     metrics = Metrics()
     assert busy_seconds(metrics.registry) == 0.0, BUSY
+
+
+@pytest.mark.parametrize(
+    ("found", "ceiling", "mark"),
+    [(7.6, 8.0, "held"), (7.0, 8.0, "MISSED"), (7.0, 7.2, "MISSED, beyond this machine"), (None, 7.2, "MISSED, beyond this machine")],
+)
+def test_a_ratio_that_no_machine_of_this_rate_could_reach_is_missed_and_says_so(found: float | None, ceiling: float, mark: str) -> None:
+    """7.5 asks for 8 s where the other way takes 60; products at the best rate alone take 60 / 7.2."""
+    assert _mark(Hold("a ratio", 7.5, "x", True, found, ceiling)) == mark

@@ -76,7 +76,7 @@ def test_the_shared_prefix_by_hand(tiny: tuple[Encoder, LoadedModel]) -> None:
     last = 2 * num_tokens * 64 * 64 + 2 * 3 * (linear - 64 * 64) + 4 * sum(map(len, group.rows)) * 64
     assert group.image is not None
     expected = first + last + 2 * 3 * 64 + vision_flops(shapes, group.image.grid_thw)
-    assert shared_flops(shapes, group, warm=False) == expected
+    assert shared_flops(shapes, group, num_known=0) == expected
 
 
 def test_what_is_known_is_not_counted(tiny: tuple[Encoder, LoadedModel]) -> None:
@@ -84,10 +84,21 @@ def test_what_is_known_is_not_counted(tiny: tuple[Encoder, LoadedModel]) -> None
     encoder, loaded = tiny
     group, shapes = encode(encoder, (448, 308), 0, CAPTIONS), shapes_of(loaded)
     parts = [part_of(group, index, index + 1) for index in range(3)]
-    assert sum(shared_flops(shapes, part, warm=True) for part in parts) == shared_flops(shapes, group, warm=True)
-    saved = sum(shared_flops(shapes, part, warm=False) for part in parts) - shared_flops(shapes, group, warm=False)
-    prefix = shared_flops(shapes, group, warm=False) - shared_flops(shapes, group, warm=True)
+    assert sum(shared_flops(shapes, part, num_known=part.num_prefix) for part in parts) == shared_flops(
+        shapes, group, num_known=group.num_prefix
+    )
+    saved = sum(shared_flops(shapes, part, num_known=0) for part in parts) - shared_flops(shapes, group, num_known=0)
+    prefix = shared_flops(shapes, group, num_known=0) - shared_flops(shapes, group, num_known=group.num_prefix)
     assert saved == 2 * prefix
+
+
+def test_a_known_beginning_is_counted_as_keys_and_values_to_look_at(tiny: tuple[Encoder, LoadedModel]) -> None:
+    """17 of the prefix known: 17 tokens less in the first layer and, keys and values alone, in the last; their own pairs are gone."""
+    encoder, loaded = tiny
+    group, shapes = encode(encoder, (448, 308), 0, CAPTIONS), shapes_of(loaded)
+    linear = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 96
+    saved = 2 * 17 * (linear + 64 * 64) + 4 * (17 * 18 // 2) * 64
+    assert shared_flops(shapes, group, num_known=0) - shared_flops(shapes, group, num_known=17) == saved
 
 
 @pytest.mark.parametrize("grid", [(1, 22, 32), (1, 16, 16), (1, 6, 10), (1, 34, 18)])
@@ -106,4 +117,4 @@ def test_the_whole_geometry_in_numbers() -> None:
     rows = tuple(np.arange(258 + 24 + 3 * number) for number in range(8))
     group = EncodedGroup(("", b""), None, rows, 258)
     assert vision_flops(shapes, (1, 22, 32)) == pytest.approx(0.93e12, rel=0.02)
-    assert shared_flops(shapes, group, warm=False) + vision_flops(shapes, (1, 22, 32)) == pytest.approx(3.9e12, rel=0.02)
+    assert shared_flops(shapes, group, num_known=0) + vision_flops(shapes, (1, 22, 32)) == pytest.approx(3.9e12, rel=0.02)

@@ -13,7 +13,7 @@ from torch import nn
 
 from app.bench.flops import Shapes
 from app.bench.limit import Rate, measure_rate, prepacked_product
-from app.bench.memory import Held, Peak, PeakMemory, free_bytes, read_held, weights_bytes
+from app.bench.memory import Peak, PeakMemory, free_bytes, weights_bytes
 from app.geometry import base_config
 from tests.test_geometry import SPECIAL, TINY
 
@@ -50,30 +50,17 @@ def test_a_peak_is_seen_after_it_has_gone() -> None:
     num_bytes, seen = 256 << 20, threading.Event()
     with PeakMemory(CPU) as memory:
         block = np.ones(num_bytes, dtype=np.uint8)
-        while (peak := memory.peak(num_bytes)) is not None and peak.own_bytes < num_bytes // 2:
+        while (peak := memory.peak(num_bytes)) is not None and peak.all_bytes < num_bytes // 2:
             seen.wait(0.01)
         del block
     peak = memory.peak(num_bytes)
     if peak is None:
         pytest.skip("this system does not tell")
-    assert -0.5 < peak.own_over_weights < 0.5
+    assert -0.5 < peak.over_weights < 0.5
 
 
 def test_a_share_of_the_weights_by_hand() -> None:
-    peak = Peak(all_bytes=250, own_bytes=115, weights_bytes=100)
-    assert peak.over_weights == pytest.approx(1.5)
-    assert peak.own_over_weights == pytest.approx(0.15)
-    assert Held(5, 2) | Held(3, 4) == Held(5, 4)
-    assert Held(5, 4) - Held(3, 1) == Held(2, 3)
-
-
-def test_what_the_kernel_says(tmp_path: Path) -> None:
-    status = tmp_path / "status"
-    assert read_held(status) is None
-    status.write_text("Name:\tx\nVmRSS:\t    300 kB\nRssAnon:\t  200 kB\nRssFile:\t 100 kB\n")
-    assert read_held(status) == Held(300 * 1024, 200 * 1024)
-    status.write_text("Name:\tx\n")
-    assert read_held(status) is None
+    assert Peak(all_bytes=115, weights_bytes=100).over_weights == pytest.approx(0.15)
 
 
 def test_free_memory_of_the_cpu() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.bench.flops import Shapes
+from app.bench.flops import Shapes, shared_flops
 from app.bench.loopback import Client, Loopback, serving
 from app.bench.ways import (
     COLD,
@@ -23,6 +23,7 @@ from app.bench.ways import (
     WARM,
     WAYS,
     Contestants,
+    Estimate,
     Row,
     Run,
     largest,
@@ -30,7 +31,7 @@ from app.bench.ways import (
     score_padded,
     spread_of,
 )
-from app.bench.workload import Workload
+from app.bench.workload import Workload, part_of, renamed
 from app.contracts import EncodedGroup, Scorer, Scores
 from app.encoding import load_encoder
 from app.geometry import write_artifact
@@ -61,12 +62,19 @@ def who(loopback: Loopback) -> Iterator[Contestants]:
 
 def test_every_way_scores_as_the_plain_one(who: Contestants) -> None:
     told: list[str] = []
-    measured = measure_ways(who, [1, 4], 2, told.append)
+    announced: list[tuple[int, str]] = []
+    measured = measure_ways(who, [1, 4], 2, told.append, lambda text: announced.append((len(told), text)))
     assert [(row.way, row.num_captions) for row in measured.rows] == [(way, size) for size in (1, 4) for way in WAYS]
     assert all(len(row.runs) == 2 and row.difference is not None and row.difference < 1e-4 for row in measured.rows)
     assert measured.spread is not None
     assert measured.spread > 1e-3
-    assert len([text for text in told if text.endswith(PLAIN) and text.startswith("round")]) == 4
+    assert all(row.is_as_named for row in measured.rows)
+    turns = [text for text in told if text.startswith("round")]
+    assert [text.partition(": ")[2] for text in turns[:6]] == list(WAYS)
+    assert [text.partition(": ")[2] for text in turns[12:18]] == [*WAYS[2:], PLAIN, PADDED]  # in the second round the plain ways are last
+    ((place, text),) = announced
+    assert told[place] == turns[0]  # after the warm-up, before anything is measured
+    assert " for 2 rounds of groups of 1, 4 (" in text
 
 
 def test_what_is_known_is_saved(who: Contestants) -> None:
@@ -122,6 +130,48 @@ def test_the_padded_batch_scores_as_the_plain_way(who: Contestants) -> None:
         assert one.num_tokens == other.num_tokens
     longest = max(len(row) for group in groups for row in group.rows)
     assert [scores.num_computed_tokens for scores in padded] == [3 * longest, 2 * longest]
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetfulScorer:
+    """Knows nothing of earlier groups, or (`knows`) everything of this one."""
+
+    inner: Scorer
+    knows: bool
+
+    def prepare(self, groups: Sequence[EncodedGroup]) -> Any:
+        if self.knows:
+            self.inner.score(self.inner.prepare([part_of(group, 0, 1) for group in groups]))
+        return self.inner.prepare(groups if self.knows else [renamed(group, f"again-{next(SEEDS)}") for group in groups])
+
+    def score(self, prepared: Any) -> list[Scores]:
+        return self.inner.score(prepared)
+
+
+@pytest.mark.parametrize(("knows", "misnamed"), [(False, {WARM}), (True, {COLD, WARM})])
+def test_a_row_that_is_not_cold_or_not_warm_is_seen(who: Contestants, knows: bool, misnamed: set[str]) -> None:
+    """Knowing everything, a warm group computes a caption less than it should."""
+    measured = measure_ways(replace(who, scorer=ForgetfulScorer(who.scorer, knows)), [3], 1, lambda _: None)
+    assert {row.way for row in measured.rows if not row.is_as_named} == misnamed
+
+
+def test_a_known_beginning_is_no_work_of_a_cold_group(who: Contestants) -> None:
+    measured = measure_ways(who, [2], 1, lambda _: None)
+    cold = measured.find(COLD, 2)
+    assert cold is not None
+    (run,) = cold.runs
+    num_prefix = run.num_tokens - run.num_computed_tokens  # a beginning is known, and the rest of the prefix saved once
+    assert num_prefix > 0
+    group = who.workload.encode(who.workload.request(2))
+    assert run.flops < shared_flops(who.shapes, group, num_known=0)
+
+
+def test_what_a_run_will_take_by_hand() -> None:
+    assert (
+        Estimate(60.0, 45.0).told(3, (1, 8))
+        == "about 3 minutes for 3 rounds of groups of 1, 8 (2 minutes of it for the ways that share nothing)"
+    )
+    assert Estimate(20.0, 0.0).told(1, (8,)) == "about 20 s for 1 round of groups of 8"
 
 
 def test_rows_are_medians_with_their_spread() -> None:

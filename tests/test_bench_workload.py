@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from app.artifacts import open_artifact
-from app.bench.workload import PROMPT, SIZE, WORDS, Workload, draw_image, part_of, renamed
+from app.bench.workload import PROMPT, SIZE, WORDS, Workload, draw_image, part_of, renamed, reopened
 from app.encoding import Encoder, load_encoder
 from app.errors import ItemRejected
 from app.geometry import write_artifact
@@ -69,6 +69,16 @@ def test_a_renamed_group_is_the_same_to_the_model_and_new_to_caches(encoder: Enc
     assert other.image.image_id == other.key[0] != group.image.image_id
     assert other.image.patches is group.image.patches
     assert all(np.array_equal(one, two) for one, two in zip(other.rows, group.rows, strict=True))
+
+
+def test_a_reopened_group_has_a_new_prefix_and_a_known_picture(encoder: Encoder) -> None:
+    workload = Workload(encoder, LIMITS)
+    group = workload.encode(workload.request(2))
+    other = reopened(group, "x")
+    assert other.key != group.key
+    assert other.key[1] == group.key[1]
+    assert other.image is group.image
+    assert other.rows is group.rows
 
 
 def test_a_part_keeps_captions_with_their_prefixes(encoder: Encoder) -> None:

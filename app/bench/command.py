@@ -1,6 +1,7 @@
 """`punchline bench` from its options to its exit code: what to measure, the artifact to measure it on, what is printed.
 
-Exit code 1 where scores disagree with the plain way, or where deterministic ones are not.
+Exit code 1 where scores disagree with the plain way, where a way did not compute what its name says, or where deterministic
+scores are not.
 """
 
 from __future__ import annotations
@@ -61,14 +62,14 @@ def bench(options: Options, geometries: dict[str, Geometry] | None = None) -> in
     sizes, levels = read_numbers("--groups", options.groups), read_numbers("--concurrency", options.concurrency, none=True)
     if options.plot is not None:
         check_plot(options.plot)
-    with _progress() as report, _artifact(options, geometries or GEOMETRIES, report) as (model, name):
+    with _progress() as (report, announce), _artifact(options, geometries or GEOMETRIES, report) as (model, name):
         settings = bench_settings(model, options.dtype)
         if max(sizes) > settings.max_captions:
             raise SettingsInvalid(f"--groups {max(sizes)}: a request has at most {settings.max_captions} captions (PUNCHLINE_MAX_CAPTIONS)")
         if options.noise:
             noise = run_noise(settings, options.rounds, report)
         else:
-            found = run_ways(Plan(name, settings, sizes, options.rounds, levels), report)
+            found = run_ways(Plan(name, settings, sizes, options.rounds, levels), report, announce)
     return show_noise(noise, name, options) if options.noise else show(found, options)
 
 
@@ -77,7 +78,7 @@ def show(report: Report, options: Options) -> int:
     if options.plot is not None:
         write_plot(report, options.plot)
     _print(tables_of(report), report.as_dict() if options.as_json else None)
-    return 1 if report.disagreeing else 0
+    return 1 if report.disagreeing or report.misnamed else 0
 
 
 def show_noise(noise: NoiseRun, name: str, options: Options) -> int:
@@ -134,12 +135,15 @@ def _folder(work: Path | None) -> Iterator[Path]:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """One line on stderr that says what is being done."""
+def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
+    """One line on stderr that says what is being done, and lines that stay."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting", total=None)
-        yield lambda text: progress.update(task, description=text)
+        yield (
+            lambda text: progress.update(task, description=text),
+            lambda text: progress.console.print(text, markup=False, highlight=False, soft_wrap=True),
+        )
 
 
 def _print(shown: RenderableType, told: object | None) -> None:

@@ -77,14 +77,18 @@ def padded_flops(shapes: Shapes, group: EncodedGroup) -> int:
     return len(group.rows) * (_forward(shapes, longest, _triangle(longest)) + _vision_of(shapes, group))
 
 
-def shared_flops(shapes: Shapes, group: EncodedGroup, *, warm: bool) -> int:
-    """The prefix once (warm: never), each caption's own tokens, and of the last layer only keys, values and the pooled tokens."""
+def shared_flops(shapes: Shapes, group: EncodedGroup, *, num_known: int) -> int:
+    """Each caption's own tokens and those of the prefix that are not known yet; of the last layer only keys, values and pooled tokens.
+
+    The picture is looked at unless the whole prefix is known.
+    """
     prefix, lengths = group.num_prefix, [len(row) for row in group.rows]
     own = [length - prefix for length in lengths]
-    num_tokens = sum(own) + (0 if warm else prefix)
-    num_pairs = sum(_triangle(count) + count * prefix for count in own) + (0 if warm else _triangle(prefix))
+    num_tokens = sum(own) + prefix - num_known
+    num_pairs = sum(_triangle(count) + count * prefix for count in own) + _triangle(prefix) - _triangle(num_known)
     body = (shapes.layers - 1) * _layer(shapes, num_tokens, num_pairs)
-    return body + _last_layer(shapes, num_tokens, lengths) + (0 if warm else _vision_of(shapes, group)) + _head(shapes, len(own))
+    vision = _vision_of(shapes, group) if num_known < prefix else 0
+    return body + _last_layer(shapes, num_tokens, lengths) + vision + _head(shapes, len(own))
 
 
 def vision_flops(shapes: Shapes, grid: Grid) -> int:

@@ -146,9 +146,13 @@ def json_body(image_id: str, request: Request, timeout_ms: int) -> dict[str, Any
 
 def read_answer(answer: httpx.Response) -> dict[str, Any]:
     """The body of a success. Raises ScoringFailed with what the server said instead."""
-    told: dict[str, Any] = answer.json()
-    if answer.status_code != 200:
-        raise ScoringFailed(f"the server answered {answer.status_code}: {told.get('error', {}).get('message', 'no reason')}")
+    return checked(answer.status_code, answer.json())
+
+
+def checked(status: int, told: dict[str, Any]) -> dict[str, Any]:
+    """The same of a status and a parsed body."""
+    if status != httpx.codes.OK:
+        raise ScoringFailed(f"the server answered {status}: {told.get('error', {}).get('message', 'no reason')}")
     return told
 
 

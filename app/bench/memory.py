@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Literal
 import torch
 from safetensors import safe_open
 
-from app.machine import available_bytes
+from app.machine import available_bytes, resident_bytes
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _UNUSED = {"lm_head.weight"}
@@ -19,35 +18,16 @@ _WATCH_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """Memory held at a moment: all of it, and what of it the kernel cannot take back by forgetting a mapped file."""
-
-    all_bytes: int
-    own_bytes: int
-
-    def __or__(self, other: Held) -> Held:
-        return Held(max(self.all_bytes, other.all_bytes), max(self.own_bytes, other.own_bytes))
-
-    def __sub__(self, other: Held) -> Held:
-        return Held(self.all_bytes - other.all_bytes, self.own_bytes - other.own_bytes)
-
-
-@dataclass(frozen=True, slots=True)
 class Peak:
-    """The most that a stretch of work took at once, beyond what was held before it."""
+    """The most that a stretch of work took at once, beyond what was held before it; mapped files count."""
 
     all_bytes: int
-    own_bytes: int
     weights_bytes: int
 
     @property
     def over_weights(self) -> float:
-        """Share of the weights that was needed on top of them; mapped files count."""
+        """Share of the weights that was needed on top of them."""
         return self.all_bytes / self.weights_bytes - 1
-
-    @property
-    def own_over_weights(self) -> float:
-        return self.own_bytes / self.weights_bytes - 1
 
 
 class PeakMemory:
@@ -74,30 +54,16 @@ class PeakMemory:
         """None where the system does not tell."""
         if self._most is None or self._before is None:
             return None
-        more = self._most - self._before
-        return Peak(more.all_bytes, more.own_bytes, weights_bytes)
+        return Peak(self._most - self._before, weights_bytes)
 
     def _watch(self) -> None:
         while self._most is not None and not self._done.wait(_WATCH_S):
-            self._most |= held_now(self._device) or self._most
+            self._most = max(self._most, held_now(self._device) or 0)
 
 
-def held_now(device: torch.device) -> Held | None:
+def held_now(device: torch.device) -> int | None:
     """By this process on its GPU, else in main memory; None where the system does not tell."""
-    if device.type == "cuda":
-        count = torch.cuda.memory_allocated(device)
-        return Held(count, count)
-    return read_held(Path("/proc/self/status"))
-
-
-def read_held(status: Path) -> Held | None:
-    """Resident and anonymous memory (proc(5)); None for a file that is missing or says neither."""
-    try:
-        text = status.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    found = dict(re.findall(r"^(VmRSS|RssAnon):\s*(\d+) kB$", text, re.MULTILINE))
-    return Held(int(found["VmRSS"]) * 1024, int(found["RssAnon"]) * 1024) if len(found) == 2 else None
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
 def free_bytes(device: torch.device) -> int | None:

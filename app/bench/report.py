@@ -22,7 +22,7 @@ GROUP_SIZE = 8  # what the numbers to hold speak of
 GPU_GROUP_SIZE = 16
 MEANT = "qwen2.5-vl-3b"  # at whole depth and in bfloat16: what the numbers to hold were set for
 _MEANT_LAYERS = (36, 32)
-_MIN_WEIGHTS_BYTES = 1 << 30  # below, the process itself is larger than any share of them
+MIN_WEIGHTS_BYTES = 1 << 30  # below, the process itself is larger than any share of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +60,22 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """A number to hold. `found` is None where it was refused."""
+    """A number to hold. `found` is None where it was refused.
+
+    `ceiling`: what it would be if every product ran at the machine's best rate and nothing else took time.
+    """
 
     what: str
     wanted: float
     unit: str  # "x", "%", "ms", ..
     at_least: bool
     found: float | None
+    ceiling: float | None = None
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether this machine could not reach it with nothing but products at its best rate."""
+        return self.ceiling is not None and self.at_least and self.ceiling < self.wanted
 
     @property
     def passed(self) -> bool:
@@ -106,6 +115,11 @@ class Report:
         return [row for row in self.measured.rows if row.difference is not None and not self._is_rounding(row)]
 
     @property
+    def misnamed(self) -> list[Row]:
+        """Ways that computed more or less than their name says, an audit of a cache for instance."""
+        return [row for row in self.measured.rows if not row.is_as_named]
+
+    @property
     def ready_s(self) -> float | None:
         """From weights in memory to ready: all of the start less what a load takes."""
         return None if self.load_s is None else max(0.0, self.startup.seconds - self.load_s)
@@ -113,15 +127,18 @@ class Report:
     def ratio(self, row: Row, reference: str) -> float | None:
         """How many times faster a way is than another at its size, by medians; None when either's scores are not the plain way's."""
         other = self.measured.find(reference, row.num_captions)
-        if other is None or not (self._is_rounding(row) and self._is_rounding(other)):
+        if other is None or not (self._is_rounding(row) and self._is_rounding(other)) or self._is_refused(row):
             return None
         return other.seconds / row.seconds
 
-    def share_of_limit(self, row: Row) -> float:
-        return row.flops_per_s / self.rate.best
+    def share_of_limit(self, row: Row) -> float | None:
+        """None for a way that is wrong: quick nonsense has no rate."""
+        return None if self._is_refused(row) else row.flops_per_s / self.rate.best
 
     def holds(self) -> list[Hold]:
-        """The numbers to hold that this run says something about."""
+        """The numbers to hold that this run says something about: of speed only for what they were set for."""
+        if not self.subject.is_meant:
+            return [*self._precision_holds(), *self._server_holds()]
         groups = [
             *self._ratio_holds(COLD, GROUP_SIZE, PLAIN, 6.5),
             *self._ratio_holds(COLD, GROUP_SIZE, PADDED, 7.5),
@@ -142,16 +159,20 @@ class Report:
                 "tolerance": self.tolerance,
                 "spread": self.measured.spread,
                 "agrees": not self.disagreeing,
+                "misnamed": [{"way": row.way, "captions": row.num_captions} for row in self.misnamed],
             },
             "startup": self._startup_dict(),
             "load": [asdict(level) for level in self.levels],
             "overhead": asdict(self.overhead),
-            "holds": [asdict(hold) | {"passed": hold.passed} for hold in self.holds()],
+            "holds": [asdict(hold) | {"passed": hold.passed, "is_beyond": hold.is_beyond} for hold in self.holds()],
             "notes": list(self.notes),
         }
 
     def _is_rounding(self, row: Row) -> bool:
         return row.difference is not None and self.tolerance is not None and row.difference <= self.tolerance
+
+    def _is_refused(self, row: Row) -> bool:
+        return row in self.disagreeing or not row.is_as_named
 
     def _row_dict(self, row: Row) -> dict[str, Any]:
         last = row.runs[-1]
@@ -170,15 +191,25 @@ class Report:
 
     def _startup_dict(self) -> dict[str, Any]:
         peak = self.startup.peak
-        memory = None if peak is None else asdict(peak) | {"over_weights": peak.over_weights, "own_over_weights": peak.own_over_weights}
+        memory = None if peak is None else asdict(peak) | {"over_weights": peak.over_weights}
         return {"whole_s": self.startup.seconds, "load_s": self.load_s, "ready_after_load_s": self.ready_s, "memory": memory}
 
     def _ratio_holds(self, way: str, size: int, reference: str, wanted: float) -> list[Hold]:
-        row = self.measured.find(way, size)
-        if row is None or self.measured.find(reference, size) is None:
+        row, other = self.measured.find(way, size), self.measured.find(reference, size)
+        if row is None or other is None:
             return []
+        ceiling = other.seconds * self.rate.best / max(run.flops for run in row.runs)
         name = "a single caption" if size == 1 else f"a group of {size}"
-        return [Hold(f"{name}, {way.removeprefix('shared prefix, ')}, against {reference}", wanted, "x", True, self.ratio(row, reference))]
+        return [
+            Hold(
+                f"{name}, {way.removeprefix('shared prefix, ')}, against {reference}",
+                wanted,
+                "x",
+                True,
+                self.ratio(row, reference),
+                ceiling,
+            )
+        ]
 
     def _limit_holds(self) -> list[Hold]:
         on_gpu = self.hardware.device.startswith("cuda")
@@ -186,9 +217,15 @@ class Report:
         row, known = self.measured.find(COLD, size), self.measured.find(WARM, size)
         if row is None or known is None:
             return []
-        of_limit = Hold(f"a group of {size}, cold, share of the matrix rate", share, "%", True, 100 * self.share_of_limit(row))
+        share_found = self.share_of_limit(row)
+        found = None if share_found is None else 100 * share_found
+        of_limit = Hold(f"a group of {size}, cold, share of the matrix rate", share, "%", True, found)
         speeds = [("cold", row, 1000.0), ("warm", known, 1800.0)] if on_gpu else []
-        return [of_limit, *(Hold(f"groups of {size}, {n}, captions a second", w, "/s", True, size / r.seconds) for n, r, w in speeds)]
+        return [of_limit, *(self._speed_hold(name, each, wanted) for name, each, wanted in speeds)]
+
+    def _speed_hold(self, name: str, row: Row, wanted: float) -> Hold:
+        found = None if self._is_refused(row) else row.num_captions / row.seconds
+        return Hold(f"groups of {row.num_captions}, {name}, captions a second", wanted, "/s", True, found)
 
     def _precision_holds(self) -> list[Hold]:
         if self.subject.dtype != "float32" or self.difference is None:
@@ -204,7 +241,7 @@ class Report:
 
     def _start_holds(self) -> list[Hold]:
         found = [] if self.ready_s is None else [Hold("ready after the weights are in memory", 10.0, "s", False, self.ready_s)]
-        if self.startup.peak is not None and self.startup.peak.weights_bytes >= _MIN_WEIGHTS_BYTES:
+        if self.startup.peak is not None and self.startup.peak.weights_bytes >= MIN_WEIGHTS_BYTES:
             found.append(Hold("memory over the weights", 15.0, "%", False, 100 * self.startup.peak.over_weights))
         return found
 

@@ -39,11 +39,11 @@ class Plan:
     sizes: tuple[int, ...]
     rounds: int
     levels: tuple[int, ...]
-    num_pairs: int = 200  # of requests and direct calls that the overhead is the difference of
+    num_pairs: int = 500  # of requests and direct calls that the overhead is the difference of
 
 
-def run_ways(plan: Plan, report: Callable[[str], None]) -> Report:
-    """Everything but the noise. Raises StartRefused, ApiError."""
+def run_ways(plan: Plan, report: Callable[[str], None], announce: Callable[[str], None] = lambda _: None) -> Report:
+    """Everything but the noise; `announce` hears how long it will take. Raises StartRefused, ApiError."""
     report("starting the server")
     with serving(plan.settings) as loopback:
         runtime = loopback.runtime
@@ -57,7 +57,7 @@ def run_ways(plan: Plan, report: Callable[[str], None]) -> Report:
         tokens = count_tokens(workload)
         with Client(loopback) as client:
             who = Contestants(baseline, scorer_of(runtime), client, workload, shapes, device)
-            measured = measure_ways(who, plan.sizes, plan.rounds, report)
+            measured = measure_ways(who, plan.sizes, plan.rounds, report, announce)
         report("measuring the machine's matrix rate again")
         rate |= measure_rate(shapes, getattr(torch, runtime.loaded.dtype), device)
         levels = measure_load(loopback, workload, plan.levels, report)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.bench.noise import NoiseReport
-from app.bench.report import MEANT, Hold, Report
+from app.bench.report import MEANT, MIN_WEIGHTS_BYTES, Hold, Report
 from app.bench.ways import PADDED, PLAIN, Row
 from app.hardware import Hardware
 
@@ -28,19 +28,25 @@ def noise_tables(report: NoiseReport, hardware: Hardware, heading: str) -> Rende
     table = Table("", "as usual", "deterministic", box=SIMPLE_HEAD)
     usual, fixed = report.usual.as_dict(), report.deterministic.as_dict()
     for name, title, style in (
-        ("num_scores", "scores compared with float32", "{:,}"),
-        ("largest", "largest difference", "{:.2e}"),
+        ("num_captions", "captions", "{:,}"),
+        ("num_scores", "their scores compared with float32", "{:,}"),
+        ("num_pairs", "pairs of scores whose order was compared", "{:,}"),
+        ("largest", "largest difference to float32", "{:.2e}"),
         ("p99", "99th percentile", "{:.2e}"),
         ("spread", "spread within a group", "{:.2e}"),
         ("largest_over_spread", "largest, of the spread", "{:.1%}"),
         ("p99_over_spread", "99th percentile, of the spread", "{:.1%}"),
         ("flips_per_10_000", "order flips in 10,000 pairs", "{:.1f}"),
         ("num_moved", "captions whose bits depend on company", "{:,}"),
+        ("largest_move", "largest difference of two companies", "{:.2e}"),
+        ("largest_move_over_spread", "the same, of the spread", "{:.1%}"),
     ):
         table.add_row(title, style.format(usual[name]), style.format(fixed[name]))
-    price = f"price of determinism, groups of 8: {report.price.cold:.2f} x the time cold, {report.price.warm:.2f} x warm"
+    cost, truth = report.price, report.truth
+    price = f"price of determinism, groups of 8: {cost.cold:.2f} x the time cold, {cost.warm:.2f} x warm, medians of {cost.num_batches}"
+    proof = f"float32 by one forward a group; {truth.num_proven} captions by one of their own, largest difference {truth.largest:.1e}"
     end = [] if report.holds else ["deterministic scores moved: that is a fault"]
-    return Group(Text(heading), table, Text("\n".join([price, *end, hardware.line])))
+    return Group(Text(heading), table, Text("\n".join([price, proof, *end, hardware.line])))
 
 
 def _heading(report: Report) -> str:
@@ -74,7 +80,8 @@ def _cells(report: Report, row: Row) -> Iterator[str]:
     yield f"{row.num_captions / row.seconds:.3g}"
     yield f"{last.num_computed_tokens:,}"
     yield f"{1 - last.num_computed_tokens / last.num_tokens:.0%}"
-    yield f"{report.share_of_limit(row):.0%}"
+    share = report.share_of_limit(row)
+    yield _REFUSED if share is None else f"{share:.0%}"
     yield _ratio(report, row, PLAIN)
     yield _ratio(report, row, PADDED)
     yield "" if row.difference is None else f"{row.difference:.1e}"
@@ -91,31 +98,35 @@ def _load(report: Report) -> list[Table]:
     if not report.levels:
         return []
     table = Table(box=SIMPLE_HEAD, title="over HTTP, groups of 8, known images", title_justify="left")
-    for name in ("clients", "captions/s", "p50", "p99", "device idle"):
+    for name in ("clients", "groups", "captions/s", "median", "slowest", "device idle"):
         table.add_column(name, justify="right")
     for level in report.levels:
         idle = "too few batches" if level.idle_share is None else f"{level.idle_share:.1%}"
-        speeds = (f"{level.captions_per_s:.3g}", _seconds(level.p50_s), _seconds(level.p99_s))
-        table.add_row(str(level.num_clients), *speeds, idle)
+        speeds = (f"{level.captions_per_s:.3g}", _seconds(level.p50_s), _seconds(level.slowest_s))
+        table.add_row(str(level.num_clients), str(level.num_groups), *speeds, idle)
     return [table]
 
 
 def _holds(report: Report) -> Table:
     table = Table(box=SIMPLE_HEAD, title=_holds_title(report), title_justify="left")
-    for name in ("what", "hold", "found", ""):
+    for name in ("what", "hold", "found", "at the matrix rate", ""):
         table.add_column(name, justify="left" if name in ("what", "") else "right")
     for hold in report.holds():
-        table.add_row(hold.what, _amount(hold, hold.wanted), _REFUSED if hold.found is None else _amount(hold, hold.found), _mark(hold))
+        found = _REFUSED if hold.found is None else _amount(hold, hold.found)
+        ceiling = "" if hold.ceiling is None else _amount(hold, hold.ceiling)
+        table.add_row(hold.what, _amount(hold, hold.wanted), found, ceiling, _mark(hold))
     return table
 
 
 def _holds_title(report: Report) -> str:
     meant = report.subject.is_meant
-    return "numbers to hold" if meant else f"numbers to hold, which are meant for {MEANT} at whole depth in bfloat16"
+    return "numbers to hold" if meant else f"numbers to hold; those of speed are for {MEANT} at whole depth in bfloat16"
 
 
 def _mark(hold: Hold) -> str:
-    return "held" if hold.passed else "MISSED"
+    if hold.passed:
+        return "held"
+    return "MISSED, beyond this machine" if hold.is_beyond else "MISSED"
 
 
 def _amount(hold: Hold, value: float) -> str:
@@ -129,14 +140,17 @@ def _lines(report: Report) -> Iterator[str]:
     yield from _start(report)
     over = report.overhead
     yield (
-        f"HTTP, queue and encoding, 8 captions of a known image, {over.num_repeats} pairs on {over.model} "
-        f"(scorer {over.scorer_p50_ms:.1f} ms): p50 {over.p50_ms:.2f} ms, p99 {over.p99_ms:.2f} ms"
+        f"HTTP, queue and encoding (8 captions of a known image, a client of its own, {over.num_repeats} pairs on {over.model}, "
+        f"scorer {over.scorer_p50_ms:.1f} ms): p50 {over.p50_ms:.2f} ms, p99 {over.p99_ms:.2f} ms"
     )
     yield from report.notes
     yield report.hardware.line
 
 
 def _agreement(report: Report) -> Iterator[str]:
+    for row in report.misnamed:
+        found = ", ".join(f"{run.num_computed_tokens:,}" for run in row.runs)
+        yield f"not as cold or as warm as its name says, ratios refused: {row.way}, groups of {row.num_captions}: {found} tokens computed"
     if report.difference is None or report.tolerance is None:
         yield "no way was compared with the plain one: no ratio"
         return
@@ -159,9 +173,9 @@ def _start(report: Report) -> Iterator[str]:
     yield f"ready in {report.startup.seconds:.1f} s{ready}"
     peak = report.startup.peak
     if peak is not None:
-        own = f"without mapped files {_size(peak.own_bytes)} ({peak.own_over_weights:+.1%})"
-        whole = f"{_size(peak.all_bytes)} ({peak.over_weights:+.1%})"
-        yield f"peak memory until ready, for {_size(peak.weights_bytes)} of weights: {whole}, {own}"
+        share = f" ({peak.over_weights:+.1%})" if peak.weights_bytes >= MIN_WEIGHTS_BYTES else ""
+        whole = f"{_size(peak.all_bytes)}{share}"
+        yield f"peak memory until ready, for {_size(peak.weights_bytes)} of weights: {whole}"
 
 
 def _counted(count: int, name: str) -> str:

@@ -9,14 +9,15 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
 from app.bench.flops import Shapes, padded_flops, plain_flops, shared_flops
 from app.bench.loopback import Client
 from app.bench.workload import Workload, part_of
-from app.contracts import EncodedGroup, Scorer, Scores
+from app.contracts import EncodedGroup, EncodedImage, Scorer, Scores
 from app.geometry import pad_rows
 from app.model import RewardModel
 from app.scoring import score_plain
@@ -25,6 +26,9 @@ PLAIN, PADDED = "one forward per caption", "one padded batch"
 COLD, WARM = "shared prefix, cold", "shared prefix, warm"
 HTTP_COLD, HTTP_WARM = "server over HTTP, cold", "server over HTTP, warm"
 WAYS = (PLAIN, PADDED, COLD, WARM, HTTP_COLD, HTTP_WARM)
+_NUM_CHECKS = 3  # captions of each turn that the plain way scores beside its own group
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class Run:
     num_cached_tokens: int
     flops: int
     difference: float | None
+    is_as_named: bool = True  # whether cold computed picture and captions, and warm the captions and nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,10 @@ class Row:
         found = [run.difference for run in self.runs if run.difference is not None]
         return max(found) if found else None
 
+    @property
+    def is_as_named(self) -> bool:
+        return all(run.is_as_named for run in self.runs)
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -92,9 +101,31 @@ class Contestants:
     device: torch.device
 
 
-def measure_ways(who: Contestants, sizes: Sequence[int], rounds: int, report: Callable[[str], None]) -> Measured:
-    """Every way at every size, round by round; `report` hears what comes next."""
-    warm_up(who, sizes, report)
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds of one round, from what the warm-up took."""
+
+    all_s: float
+    plain_s: float  # of the ways that share nothing, checks included
+
+    def told(self, rounds: int, sizes: Sequence[int]) -> str:
+        """One line for whoever waits."""
+        whole, plain = (duration(rounds * seconds) for seconds in (self.all_s, self.plain_s))
+        groups = ", ".join(map(str, sizes))
+        share = f" ({plain} of it for the ways that share nothing)" if self.plain_s else ""
+        return f"about {whole} for {rounds} {'round' if rounds == 1 else 'rounds'} of groups of {groups}{share}"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(1.0, seconds):.0f} s"
+
+
+def measure_ways(who: Contestants, sizes: Sequence[int], rounds: int, report: Tell, announce: Tell = lambda _: None) -> Measured:
+    """Every way at every size, round by round; `report` hears what comes next, `announce` before all of it how long that takes."""
+    announce(warm_up(who, sizes, report).told(rounds, sizes))
     runs: dict[tuple[str, int], list[Run]] = {}
     references: list[Sequence[float]] = []
     for number in range(rounds):
@@ -107,57 +138,97 @@ def measure_ways(who: Contestants, sizes: Sequence[int], rounds: int, report: Ca
     return Measured(rows, spread_of(references))
 
 
-def warm_up(who: Contestants, sizes: Sequence[int], report: Callable[[str], None]) -> None:
+def warm_up(who: Contestants, sizes: Sequence[int], report: Tell) -> Estimate:
     """Once before the clock: kernels are chosen and buffers made at first use, for each size anew."""
+    shared_s = 0.0
     for size in sizes:
         report(f"warming up, groups of {size}")
         request = who.workload.request(size)
-        score_direct(who, who.workload.encode(request))
-        _, image_id = who.client.send_bytes(request)
-        who.client.send_id(image_id, who.workload.request(size, request.image))
-    if who.baseline is not None:
-        report(f"warming up, {PLAIN}")
-        group = who.workload.encode(who.workload.request(2))
-        score_plain(who.baseline, [part_of(group, 0, 1)])
-        score_padded(who.baseline, [group])
+        group = who.workload.encode(request)
+        score_direct(who, group)
+        score_direct(who, who.workload.encode_for(_image_of(group), who.workload.captions(size)))
+        cold = who.workload.request(size)
+        cold_s, (_, image_id) = _seconds(lambda cold=cold: who.client.send_bytes(cold))  # type: ignore[misc]
+        warm = who.workload.request(size, cold.image)
+        warm_s, _ = _seconds(lambda image_id=image_id, warm=warm: who.client.send_id(image_id, warm))  # type: ignore[misc]
+        shared_s += 2 * (cold_s + warm_s)  # over HTTP and directly
+    one_s, padded_s = _warm_up_plain(who, report)
+    plain_s = sum(size * (one_s + padded_s) + _NUM_CHECKS * one_s for size in sizes)
+    return Estimate(shared_s + plain_s, plain_s)
+
+
+def _warm_up_plain(who: Contestants, report: Tell) -> tuple[float, float]:
+    """Seconds a caption, by itself and in a padded batch."""
+    model = who.baseline
+    if model is None:
+        return 0.0, 0.0
+    report(f"warming up, {PLAIN}")
+    group = who.workload.encode(who.workload.request(3))
+    score_plain(model, [part_of(group, 0, 1)])
+    one_s, _ = _seconds(lambda: score_plain(model, [part_of(group, 1, 2)]))
+    padded_s, _ = _seconds(lambda: score_padded(model, [part_of(group, 1, 3)]))
+    return one_s, padded_s / 2
+
+
+def _seconds(work: Callable[[], _Found]) -> tuple[float, _Found]:
+    """Of something that waits for the device by itself."""
+    began = time.perf_counter()
+    found = work()
+    return time.perf_counter() - began, found
+
+
+def _image_of(group: EncodedGroup) -> EncodedImage:
+    if group.image is None:
+        raise ValueError("the workload has pictures")
+    return group.image
 
 
 class _Turn:
-    """Every way once at one size: the direct ways and the server each on a picture nobody has seen, then again on that picture."""
+    """Every way once at one size: the direct ways and the server each on a picture nobody has seen, then again on that picture.
 
-    def __init__(self, who: Contestants, size: int, number: int, report: Callable[[str], None]) -> None:
+    The ways that share nothing go first in even rounds and last in odd ones.
+    """
+
+    def __init__(self, who: Contestants, size: int, number: int, report: Tell) -> None:
         self._who = who
         self._report = report
+        self._plain_first = number % 2 == 0
         self._sampled = number % size  # which caption of a group that the plain way does not run whole
         self._where = f"round {number + 1}, groups of {size}: "
         direct, served = who.workload.request(size), who.workload.request(size)
         self._groups = {COLD: who.workload.encode(direct), HTTP_COLD: who.workload.encode(served)}
         self._served = {HTTP_COLD: served, HTTP_WARM: who.workload.request(size, served.image)}
-        image = self._groups[COLD].image
-        if image is None:
-            raise ValueError("the workload has pictures")
-        self._groups[WARM] = who.workload.encode_for(image, who.workload.captions(size))
+        self._groups[WARM] = who.workload.encode_for(_image_of(self._groups[COLD]), who.workload.captions(size))
         self._groups[HTTP_WARM] = who.workload.encode(self._served[HTTP_WARM])
         self._image_id = ""
         self.references: list[Sequence[float]] = []
 
     def run(self) -> list[tuple[str, Run]]:
         """In the order of `WAYS`."""
-        runs, expected = [], self._plain_and_padded()
-        plain = [(way, run) for way, (run, _) in expected.items()]
-        whole = expected[PLAIN][1].values if PLAIN in expected else None
-        for way, work, warm in (
-            (COLD, self._direct(COLD), False),
-            (WARM, self._direct(WARM), True),
-            (HTTP_COLD, self._by_bytes, False),
-            (HTTP_WARM, self._by_id, True),
-        ):
-            self._report(self._where + way)
-            seconds, scores = timed(work, self._who.device)
+        plain = self._plain_and_padded() if self._plain_first else {}
+        shared = [(way, *self._timed(way, work)) for way, work in self._shared()]
+        plain = plain or self._plain_and_padded()
+        whole = plain[PLAIN][1].values if plain else None
+        runs = [(way, run) for way, (run, _) in plain.items()]
+        for way, seconds, scores in shared:
             difference = largest(whole, scores.values) if way == COLD and whole else self._sampled_difference(way, scores)
-            flops = shared_flops(self._who.shapes, self._groups[way], warm=warm)
-            runs.append((way, _run(seconds, scores, flops, difference)))
-        return plain + runs
+            runs.append((way, self._shared_run(way, seconds, scores, difference)))
+        return runs
+
+    def _shared(self) -> list[tuple[str, Callable[[], Scores]]]:
+        return [(COLD, self._direct(COLD)), (WARM, self._direct(WARM)), (HTTP_COLD, self._by_bytes), (HTTP_WARM, self._by_id)]
+
+    def _timed(self, way: str, work: Callable[[], Scores]) -> tuple[float, Scores]:
+        self._report(self._where + way)
+        return timed(work, self._who.device)
+
+    def _shared_run(self, way: str, seconds: float, scores: Scores, difference: float | None) -> Run:
+        """Only what was computed counts as work: the beginning of all groups may be known to a cold one."""
+        group = self._groups[way]
+        num_new = scores.num_computed_tokens - sum(len(row) - group.num_prefix for row in group.rows)  # of the prefix
+        is_as_named = num_new == 0 if way in (WARM, HTTP_WARM) else num_new >= _image_of(group).num_tokens
+        flops = shared_flops(self._who.shapes, group, num_known=min(max(group.num_prefix - num_new, 0), group.num_prefix))
+        return replace(_run(seconds, scores, flops, difference), is_as_named=is_as_named)
 
     def _plain_and_padded(self) -> dict[str, tuple[Run, Scores]]:
         model, group, shapes = self._who.baseline, self._groups[COLD], self._who.shapes

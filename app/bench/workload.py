@@ -100,6 +100,12 @@ def renamed(group: EncodedGroup, tag: str) -> EncodedGroup:
     return replace(group, key=(f"{image_id}#{tag}", digest), image=image)
 
 
+def reopened(group: EncodedGroup, tag: str) -> EncodedGroup:
+    """The same under a name no cache knows, its picture under the old one: a prefix to compute again, from features that may be kept."""
+    image_id, digest = group.key
+    return replace(group, key=(f"{image_id}#{tag}", digest))
+
+
 def part_of(group: EncodedGroup, start: int, stop: int) -> EncodedGroup:
     """Some of a group's captions."""
     return replace(group, rows=group.rows[start:stop], row_prefixes=group.row_prefixes[start:stop])

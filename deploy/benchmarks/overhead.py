@@ -1,7 +1,7 @@
 """What HTTP, queue and encoding cost: one fake scorer behind Punchline, bare FastAPI and LitServe, against calling it directly.
 
 Each server is a process of its own on loopback; while one is measured the others are stopped. Punchline is whole but for the model:
-its service, admission, batcher, and the encoder of the bundled demo. The others take the same JSON and check nothing.
+`punchline serve` of the bundled demo, whose scorer gives way to the fake. The others take the same JSON and check nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -24,7 +23,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -60,7 +58,7 @@ class Refused(Exception):
 
 @dataclass(slots=True)
 class FakeScorer:
-    """Takes its time and gives each caption its length. One call at a time, as a device would. Implements Punchline's `Scorer`."""
+    """Takes its time and gives each caption its length. One call at a time, as a device would. Does what Punchline's `Scorer` does."""
 
     delay_s: float
     _device: threading.Lock = field(default_factory=threading.Lock)
@@ -88,60 +86,20 @@ class FakeScorer:
 
 
 async def serve_punchline(port: int, delay_s: float) -> None:
-    """The whole stack of `punchline serve` around the fake scorer, a line in the log for each request included."""
-    from app.api import create_app
-    from app.artifacts import open_artifact
-    from app.batching import Admission, Batcher
-    from app.encoding import load_encoder
-    from app.metrics import Metrics
+    """The whole of `punchline serve` for the bundled demo, a line in the log for each request included.
+
+    Once it has proved itself, the fake stands where the demo's scorer was.
+    """
+    from app.main import running
+    from app.serving import application
     from app.settings import Settings
 
-    settings, metrics = Settings(), Metrics()
+    settings, fake = Settings(), FakeScorer(delay_s)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    artifact = open_artifact(settings.model)
-    admission = Admission(max_items=settings.max_queue_items, max_tokens=settings.max_queue_tokens, metrics=metrics)
-    batcher = Batcher(FakeScorer(delay_s), max_batch_tokens=settings.max_batch_tokens, admission=admission, metrics=metrics)
-    with ThreadPoolExecutor(settings.num_encode_threads, thread_name_prefix="encode") as pool:
-        async with batcher:
-            service = _service(settings, artifact.config, load_encoder(artifact), batcher, admission, pool, metrics)
-            await uvicorn.Server(_uvicorn(create_app(service, settings, _card(metrics), metrics), port)).serve()
-
-
-def _service(settings: Any, config: Any, encoder: Any, batcher: Any, admission: Any, pool: Any, metrics: Any) -> Any:
-    from app.caches import ByteBoundedCache
-    from app.main import image_limits
-    from app.service import ScoringService
-
-    return ScoringService(
-        config=config,
-        encoder=encoder,
-        batcher=batcher,
-        admission=admission,
-        limits=image_limits(settings),
-        image_store=ByteBoundedCache("images", settings.image_store_bytes, len, metrics),
-        pixel_cache=ByteBoundedCache("pixels", settings.pixel_cache_bytes, lambda image: image.num_bytes, metrics),
-        pool=pool,
-        max_batch_tokens=settings.max_batch_tokens,
-        metrics=metrics,
-    )
-
-
-def _card(metrics: Any) -> Any:
-    from app.api.card import Card
-    from app.selftest import SelfTestReport
-
-    async def run_selftest() -> SelfTestReport:
-        return SelfTestReport(True, "probe", 0, 0.0, 0.0, "a fake scorer has nothing to prove")
-
-    return Card(
-        fingerprint="0" * 64,
-        temperature=1.0,
-        registry=metrics.registry,
-        describe=dict,
-        is_ready=lambda: True,
-        is_alive=lambda: True,
-        run_selftest=run_selftest,
-    )
+    async with running(settings) as runtime:
+        scorer: Any = runtime.scorer
+        scorer.prepare, scorer.score = fake.prepare, fake.score  # that this is what answers shows in the scores, which are lengths
+        await uvicorn.Server(_uvicorn(application(runtime), port)).serve()
 
 
 async def serve_blocking_route(port: int, delay_s: float) -> None:
@@ -367,8 +325,8 @@ async def _read_answer(reader: asyncio.StreamReader) -> bytes:
 
 def _check(answer: bytes) -> None:
     scores = json.loads(answer)["scores"]
-    if len(scores) != NUM_CAPTIONS or not all(math.isfinite(score) for score in scores):
-        raise Refused(f"a server gave {len(scores)} scores, or one that is not finite, for {NUM_CAPTIONS} captions")
+    if len(scores) != NUM_CAPTIONS or not all(score > 0 and float(score).is_integer() for score in scores):
+        raise Refused(f"a server gave {len(scores)} scores for {NUM_CAPTIONS} captions, or one that is no length: not the fake scorer's")
 
 
 def call_directly(scorer: FakeScorer, num_requests: int) -> tuple[list[float], float]:

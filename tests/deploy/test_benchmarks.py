@@ -438,23 +438,40 @@ def test_the_readme_names_every_file_here() -> None:
 # The steps of the serving forward
 
 
+def lengths_scorer(asked: list[tuple[str, int]], name: str, cold: float, warm: float) -> Callable[[EncodedGroup], list[float]]:
+    """A caption's score is its length, and a little more: another little for a group of a picture it has seen."""
+    seen: set[str] = set()
+
+    def score(group: EncodedGroup) -> list[float]:
+        asked.append((name, id(group)))
+        shift = warm if group.key[0] in seen else cold
+        seen.add(group.key[0])
+        return [len(row) + shift for row in group.rows]
+
+    return score
+
+
 def test_steps_take_turns_on_the_same_groups_and_are_held_against_the_first(capsys: pytest.CaptureFixture[str]) -> None:
     steps = load("steps")
-    encoder = load_encoder(open_artifact("demo"))
     asked: list[tuple[str, int]] = []
-
-    def step(name: str, shift: float, *, keeps: bool) -> Any:
-        def score(group: EncodedGroup) -> list[float]:
-            asked.append((name, id(group)))
-            return [len(row) + shift for row in group.rows]
-
-        return steps.Step(name, score, keeps=keeps)
-
-    first, second = step("first", 0.0, keeps=False), step("second", 0.25, keeps=True)
-    steps.measure([first, second], Workload(encoder, GOLDEN_LIMITS), 3, 2)
-    assert [name for name, _ in asked] == ["first", "second", "second"] * 3
-    assert asked[0][1] == asked[1][1] != asked[2][1]  # cold is the same group for both, warm another
+    first = steps.Step("first", lengths_scorer(asked, "first", 0.0, 0.0), keeps=False)
+    second = steps.Step("second", lengths_scorer(asked, "second", 0.25, 0.5), keeps=True)
+    steps.measure([first, second], Workload(load_encoder(open_artifact("demo")), GOLDEN_LIMITS), 3, 2)
+    assert [name for name, _ in asked] == ["first", "first", "first", "second", "second"] * 3
+    (_, cold), (_, warm), (_, cold_1), (_, cold_2), (_, warm_2) = asked[:5]
+    assert cold == cold_1 == cold_2 != warm == warm_2  # the same groups for both
     assert [len(times) for times in (first.cold, first.warm, second.cold, second.warm)] == [2, 0, 2, 2]
-    assert (first.difference, second.difference) == (0.0, 0.25)
+    assert (first.cold_difference, first.warm_difference) == (0.0, None)
+    assert (second.cold_difference, second.warm_difference) == (0.25, 0.5)
+    assert second.share_of_spread == pytest.approx(0.5 / 3)  # captions of 10, 13 and 16 words
     steps.print_table([first, second], "two steps")
-    assert "2.5e-01" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split()[-1] == "0.0e+00"
+    assert lines[3].split()[-2:] == ["2.5e-01", "5.0e-01"]
+
+
+def test_a_step_whose_score_is_no_number_is_infinitely_wrong() -> None:
+    steps = load("steps")
+    step = steps.Step("wrong", lambda _: [], keeps=True)
+    step.compare([1.0, float("nan")], [1.0, 2.0], warm=True)
+    assert step.share_of_spread == step.warm_difference == float("inf")
