@@ -37,6 +37,7 @@ _NOT_SCORING = {"files", "training", "description", "score_distribution"} | {  #
     "base_model_revision",
     "base_model_sha256",
 }
+_RECIPE = {"template", "default_prompt", "prompt_policy", "caption_role", "max_prompt_tokens", "max_caption_tokens", "image", "pooling"}
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".pt2"}
 
 
@@ -121,19 +122,26 @@ class GoldenItem(_Strict):
     prompt: str | None = None
     captions: list[str] = Field(min_length=1)
     scores: list[float]
+    ids_sha256: list[str] | None = Field(None, description="Of the token ids of every caption, from schema 2 on.")
+    pixels_sha256: str | None = Field(None, description="Of the picture as the vision tower sees it, from schema 2 on.")
 
     @model_validator(mode="after")
     def _one_score_a_caption(self) -> Self:
         if len(self.scores) != len(self.captions):
             raise ValueError(f"{len(self.captions)} captions with {len(self.scores)} scores")
+        if self.ids_sha256 is not None and len(self.ids_sha256) != len(self.captions):
+            raise ValueError(f"{len(self.captions)} captions with {len(self.ids_sha256)} digests of ids")
         return self
 
 
 class Golden(_Strict):
     """`golden.json`: what the loaded model must reproduce, and how closely in which number format."""
 
+    schema_version: Literal[1, 2] = 1
     tolerance: dict[Literal["float32", "bfloat16"], float]
     items: list[GoldenItem] = Field(min_length=1)
+    recipe_sha256: str | None = Field(None, description="Of everything in the configuration that decides over ids and pixels.")
+    made_with: dict[str, str] | None = Field(None, description="Versions that pixels may depend on.")
 
     @field_validator("tolerance")
     @classmethod
@@ -141,6 +149,13 @@ class Golden(_Strict):
         if set(value) != {"float32", "bfloat16"} or min(value.values()) <= 0:
             raise ValueError("tolerance needs a positive number for float32 and one for bfloat16")
         return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        digests = [item.ids_sha256 and (item.image is None or item.pixels_sha256) for item in self.items]
+        if self.schema_version == 2 and not (all(digests) and self.recipe_sha256 and self.made_with):
+            raise ValueError("schema 2 needs recipe_sha256, made_with, and digests of ids and pixels with every item")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +248,11 @@ def fingerprint(artifact: Artifact, base_digest: str, runtime: dict[str, str]) -
     return _digest({"config": config, "files": files, "base": base_digest, "runtime": runtime})
 
 
+def recipe_sha256(config: RewardModelConfig) -> str:
+    """SHA-256 over what makes ids and pixels of a request, as the configuration says it."""
+    return _digest(config.model_dump(mode="json", include=_RECIPE))
+
+
 def find_base(name: str, revision: str | None = None, *, offline: bool = False) -> Path:
     """The directory of a base model, by path or pinned Hub id, with weights that can be loaded safely. Raises ArtifactInvalid."""
     return _checked_base_folder(_find(name, revision, offline, "base model"))
@@ -301,7 +321,9 @@ def _find(name: str, revision: str | None, offline: bool, what: str) -> Path:
             snapshot_download(repo, revision=pinned or revision, local_files_only=offline, ignore_patterns=["*.bin", "*.gguf", "*.onnx"])
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ArtifactInvalid(f"{name}: {what} could not be fetched from the Hub ({type(error).__name__})") from None
+        raise ArtifactInvalid(
+            f"{name}: {what} is no directory here, and could not be fetched from the Hub ({type(error).__name__})"
+        ) from None
 
 
 def _find_base(root: Path, config: RewardModelConfig, override: str | None, offline: bool) -> Path:

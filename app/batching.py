@@ -1,4 +1,4 @@
-"""Admission, the two threads of the batch loop, and draining. Knows neither HTTP nor torch; `dispatch` decides.
+"""The two threads of the batch loop, and draining. Knows neither HTTP nor torch; `dispatch` decides.
 
 No linger timer: as soon as the device is free it takes what waits, and the next batch gathers meanwhile. The device never waits
 for the event loop. Every job that is submitted ends in scores or an error, whatever dies.
@@ -9,108 +9,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+from app.admission import Admission
 from app.contracts import EncodedGroup, Job, Scorer, Scores
 from app.dispatch import Answer, Batch, Dispatch, Outcome
-from app.errors import ApiError, DeadlineExceeded, Draining, NonfiniteScore, OutOfMemory, Overloaded, ScoringFailed, TooManyTokens
+from app.errors import (
+    ApiError,
+    DeviceBroken,
+    DeviceFault,
+    DeviceHung,
+    Draining,
+    NonfiniteScore,
+    OutOfMemory,
+)
 from app.metrics import Metrics
 
 log = logging.getLogger("punchline.batching")
-_MAX_RETRY_AFTER_S = 30
-
-
-class Admission:
-    """The budget of accepted and unanswered work, in captions and tokens. Safe across threads."""
-
-    def __init__(self, *, max_items: int, max_tokens: int, metrics: Metrics) -> None:
-        self._max_items = max_items
-        self.max_tokens = max_tokens
-        self._metrics = metrics
-        self._lock = threading.Lock()
-        self._items = 0
-        self._tokens = 0
-        self.tokens_per_s = 0.0  # measured by the batcher; 0 until the first batch
-
-    def reserve(self, num_items: int) -> Reservation:
-        """Room for captions; tokens are added once the image header is known. Raises Overloaded."""
-        self._take(num_items, 0)
-        return Reservation(self, num_items)
-
-    def _take(self, num_items: int, num_tokens: int) -> None:
-        with self._lock:
-            if self._items + num_items > self._max_items or self._tokens + num_tokens > self.max_tokens:
-                raise Overloaded("the queue is full", retry_after_s=self._retry_after_s())
-            self._items += num_items
-            self._tokens += num_tokens
-            self._publish()
-
-    def _give(self, num_items: int, num_tokens: int) -> None:
-        with self._lock:
-            self._items -= num_items
-            self._tokens -= num_tokens
-            self._publish()
-
-    def _publish(self) -> None:
-        self._metrics.queue_items.set(self._items)
-        self._metrics.queue_tokens.set(self._tokens)
-
-    def _retry_after_s(self) -> int:
-        """Seconds until half the queue is done, jittered so that callers do not come back as one."""
-        wait = self._tokens / self.tokens_per_s / 2 if self.tokens_per_s else 1.0
-        return min(_MAX_RETRY_AFTER_S, max(1, math.ceil(wait * random.uniform(0.75, 1.5))))  # noqa: S311 (jitter, not a secret)
-
-
-class Reservation:
-    """A share of the admission budget; released once, by leaving the `with` block. Several threads may add to it."""
-
-    def __init__(self, admission: Admission, num_items: int) -> None:
-        self._admission = admission
-        self._lock = threading.Lock()
-        self._open = True
-        self._num_items = num_items
-        self._num_tokens = 0
-
-    def add_tokens(self, num_tokens: int) -> None:
-        """Raises Overloaded when the tokens do not fit beside those of others, TooManyTokens when they never could.
-
-        Once released it raises DeadlineExceeded: a thread that comes late takes nothing that nobody would give back.
-        """
-        with self._lock:
-            if not self._open:
-                raise DeadlineExceeded("nobody waits for this request any more")
-            if self._num_tokens + num_tokens > self._admission.max_tokens:
-                raise TooManyTokens(f"the request has more than {self._admission.max_tokens} tokens; send fewer captions at a time")
-            self._admission._take(0, num_tokens)
-            self._num_tokens += num_tokens
-
-    def settle(self, bound: int, num_tokens: int) -> None:
-        """Give back what an upper bound took too much, now that the true number is known.
-
-        A group that is cut repeats its prefix and may cost more than the bound: what is missing is taken as by `add_tokens`.
-        """
-        if num_tokens > bound:
-            self.add_tokens(num_tokens - bound)
-            return
-        with self._lock:
-            if self._open:
-                self._admission._give(0, bound - num_tokens)
-                self._num_tokens -= bound - num_tokens
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._lock:
-            if self._open:
-                self._admission._give(self._num_items, self._num_tokens)
-            self._open = False
+_WATCH_S = 0.25  # between two looks at the threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +53,9 @@ class _Ran:
 class Batcher:
     """Runs waiting jobs through the scorer, batch after batch: one thread makes ready, another owns the device.
 
-    Both wait on conditions of one lock, which guards `_dispatch` and what is told; futures are set on the event loop only.
+    Both wait on conditions of one lock, which guards `_dispatch` and what is told; futures are set on the event loop only. A task on
+    the event loop watches them. After a fault that cannot be trusted away (`DeviceBroken`) no score leaves any more, whoever waits
+    is told, and `broken` tells the server to go.
     """
 
     def __init__(
@@ -142,8 +66,16 @@ class Batcher:
         admission: Admission,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        max_batch_s: float = math.inf,
+        max_lone_failures: int = 3,
     ) -> None:
+        """`max_batch_s`: a batch that takes longer will never come back.
+
+        `max_lone_failures`: captions in a row that find no memory even alone; then something leaks, or another process took it.
+        """
+        self._max_lone_failures = max_lone_failures
         self._scorer = scorer
+        self.max_batch_s = max_batch_s
         self._admission = admission
         self._metrics = metrics
         self._clock = clock
@@ -157,12 +89,21 @@ class Batcher:
         self._idle.set()
         self._will_wake = False
         self._closed = False
+        self.threads: list[threading.Thread] = []
+        self._began: dict[str, float] = {}  # the work each thread is at
+        self._num_lone_failures = 0
+        self._fault: asyncio.Future[DeviceBroken] | None = None
+        self._watcher: asyncio.Task[None] | None = None
         metrics.queue_oldest_age.set_function(self._oldest_age_s)
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
+        self._fault = self._loop.create_future()
         for name, step in (("prepare", self._prepare_next), ("device", self._run_next)):
-            threading.Thread(target=self._live, args=(step,), name=name).start()
+            # a thread that hangs must not keep the process: nobody can end it
+            self.threads.append(threading.Thread(target=self._live, args=(step,), name=name, daemon=True))
+            self.threads[-1].start()
+        self._watcher = self._loop.create_task(self._watch())
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -175,23 +116,52 @@ class Batcher:
             if self.alive:
                 await self._idle.wait()
         finally:
+            if self._watcher is not None:
+                self._watcher.cancel()
             with self._lock:
                 left = self._end()
-            self._refuse(left, lambda: Draining("the server stopped", retry_after_s=5))
+            self._refuse(left, _stopping)
+            self._idle.set()
 
     @property
     def alive(self) -> bool:
         return self._loop is not None
 
+    async def broken(self) -> DeviceBroken:
+        """Wait until nothing can be computed any more; returns why."""
+        if self._fault is None:
+            raise RuntimeError("the batch loop was never started")
+        return await asyncio.shield(self._fault)
+
+    def give_up(self, fault: DeviceBroken) -> None:
+        """Somebody else saw that no further number can be believed."""
+        self._break(fault)
+
+    def refuse_waiting(self) -> None:
+        """Send away what has not come to the device; what runs is finished."""
+        with self._lock:
+            waiting = self._dispatch.not_started
+        self._refuse(waiting, _stopping)
+        with self._lock:
+            self._notify()
+
+    def refuse_all(self) -> None:
+        """The time is over: send away what is left, on the device or not. Nobody hears of scores that come later."""
+        self._closed = True
+        with self._lock:
+            left = self._end()
+        self._refuse(left, _stopping)
+        self._idle.set()
+
     def submit(self, group: EncodedGroup, deadline: float) -> Job:
-        """Queue a group; its `future` gets scores or an ApiError. Raises Draining, ScoringFailed when a thread is dead."""
+        """Queue a group; its `future` gets scores or an ApiError. Raises Draining, DeviceFault when nothing is computed any more."""
         if self._closed:
             raise Draining("the server is stopping", retry_after_s=5)
         loop = asyncio.get_running_loop()
         job = Job(group, loop.create_future(), deadline, self._clock())
         with self._lock:
             if not self.alive:
-                raise ScoringFailed("the batch loop is not running")
+                raise _fault_of(None)
             self._dispatch.add(job)
         self._idle.clear()
         if not self._will_wake:  # at the end of this turn of the event loop: what is submitted together goes together
@@ -204,23 +174,63 @@ class Batcher:
         with self._lock:
             self._notify()
 
+    async def _watch(self) -> None:
+        """What the threads cannot say themselves: that one hangs, or is gone."""
+        try:
+            while self.alive:
+                self._look()
+                await asyncio.sleep(_WATCH_S)
+        except Exception as error:
+            self._break(DeviceBroken(f"the watch over the batch loop died ({type(error).__name__})", kind="died"))
+
+    def _look(self) -> None:
+        with self._lock:
+            earliest = min(self._began.values(), default=math.inf)
+        if self._clock() - earliest > self.max_batch_s:
+            self._break(DeviceBroken(f"a batch did not come back within {self.max_batch_s:g} s", kind="hang"))
+        elif not all(thread.is_alive() for thread in self.threads):
+            self._break(DeviceBroken("a thread of the batch loop is gone", kind="died"))
+        else:
+            self._metrics.heartbeat.set_to_current_time()
+
     def _live(self, step: Callable[[], bool]) -> None:
         """A thread's whole life. Whatever ends it ends the loop, and nothing else: SystemExit included."""
+        name = threading.current_thread().name
         try:
             while step():
                 pass
+        except DeviceBroken as fault:
+            self._break(fault)
         except BaseException as error:
-            log.critical("the %s thread of the batch loop died", threading.current_thread().name, exc_info=error)
-            with self._lock:
-                if self._loop is not None:
-                    self._loop.call_soon_threadsafe(self._refuse, self._end(), lambda: ScoringFailed("the batch loop died"))
+            log.critical("the %s thread of the batch loop died", name, exc_info=error)
+            self._break(DeviceBroken(f"the {name} thread of the batch loop died ({type(error).__name__})", kind="died"))
+
+    def _break(self, fault: DeviceBroken) -> None:
+        """From any thread: nothing is computed or told any more; whoever waits hears why."""
+        with self._lock:
+            loop = self._loop
+            if loop is None:  # it ended already
+                return
+            loop.call_soon_threadsafe(self._give_up, self._end(), fault)
+        self._metrics.device_faults.labels(fault.kind).inc()
+        log.critical("%s; no further score is given", fault)  # last: a log that takes nothing must hold up nobody
+
+    def _give_up(self, jobs: Sequence[Job], fault: DeviceBroken) -> None:
+        """On the event loop."""
+        if self._fault is not None and not self._fault.done():
+            self._fault.set_result(fault)
+        self._refuse(jobs, lambda job: DeviceHung(str(fault)) if fault.kind == "hang" and job.started else _fault_of(fault))
+        self._idle.set()
 
     def _prepare_next(self) -> bool:
         batch = self._next_to_prepare()
         if batch is None:
             return False
         try:
-            prepared = self._scorer.prepare(batch.groups)
+            with self._at_work("prepare"):
+                prepared = self._scorer.prepare(batch.groups)
+        except DeviceBroken:
+            raise
         except Exception as error:
             self._fail(batch, error)
             return True
@@ -249,11 +259,15 @@ class Batcher:
         batch, prepared = work
         began = self._clock()
         try:
-            results = self._scorer.score(prepared)
+            with self._at_work("device"):
+                results = self._scorer.score(prepared)
             outcomes = batch.check(results)
+        except DeviceBroken:
+            raise
         except Exception as error:
             self._fail(batch, error, began)
             return True
+        self._num_lone_failures = 0
         seconds = self._busy_since(began)
         with self._lock:
             self._tell(self._dispatch.succeed(batch, outcomes, began + seconds), _Ran(batch, seconds, results, outcomes))
@@ -262,12 +276,25 @@ class Batcher:
     def _next_to_run(self) -> tuple[Batch, Any] | None:
         with self._lock:
             while self._loop is not None:
+                was_ready = self._dispatch.wants_start
                 work = self._dispatch.start(self._clock())
                 if work is not None:
                     self._notify()
                     return work
+                if was_ready:  # nobody waits for it any more
+                    self._tell(())
                 self._to_run.wait()
         return None
+
+    @contextmanager
+    def _at_work(self, thread: str) -> Iterator[None]:
+        with self._lock:
+            self._began[thread] = self._clock()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._began[thread]
 
     def _fail(self, batch: Batch, error: Exception, began: float | None = None) -> None:
         """A batch failed while it was made ready, or on the device since `began`."""
@@ -286,6 +313,13 @@ class Batcher:
         else:
             log.error("scoring failed for a group of %d captions", len(batch.pieces[0].group.rows), exc_info=error)
             self._metrics.batches.labels("failed").inc()
+            self._mind_memory(error)
+
+    def _mind_memory(self, error: Exception) -> None:
+        """Raises DeviceBroken when caption after caption finds no memory even alone."""
+        self._num_lone_failures = self._num_lone_failures + 1 if isinstance(error, OutOfMemory) else 0
+        if self._num_lone_failures >= self._max_lone_failures:
+            raise DeviceBroken(f"{self._num_lone_failures} captions in a row found no memory on the device, each alone", kind="memory")
 
     def _busy_since(self, began: float) -> float:
         seconds = self._clock() - began
@@ -316,6 +350,8 @@ class Batcher:
     def _deliver(self, answers: Sequence[Answer], ran: _Ran | None) -> None:
         """On the event loop."""
         for answer in answers:
+            if answer.job.future.cancelled() and isinstance(answer.outcome, Scores):
+                self._metrics.wasted_items.inc(answer.job.num_items)
             _resolve(answer.job, answer.outcome)
         with self._lock:
             self._num_told -= 1
@@ -344,16 +380,24 @@ class Batcher:
             old = self._admission.tokens_per_s
             self._admission.tokens_per_s = 0.8 * old + 0.2 * computed / ran.seconds if old else computed / ran.seconds
 
-    def _refuse(self, jobs: Sequence[Job], make_error: Callable[[], ApiError]) -> None:
-        """On the event loop, when the threads have ended: nobody may wait for ever."""
+    def _refuse(self, jobs: Sequence[Job], make_error: Callable[[Job], ApiError]) -> None:
+        """On the event loop: nobody may wait for ever."""
         for job in jobs:
-            _resolve(job, make_error())
-        self._idle.set()
+            _resolve(job, make_error(job))
 
     def _oldest_age_s(self) -> float:
         now = self._clock()
         with self._lock:
             return now - min((job.arrived for job in self._dispatch.not_started), default=now)
+
+
+def _fault_of(fault: DeviceBroken | None) -> ApiError:
+    why = {"hang": "the device hangs", "memory": "the device has no memory left", "died": "the batch loop died", "drift": "scores drifted"}
+    return DeviceFault(why.get(fault.kind, "the device broke") if fault else "the batch loop is not running", retry_after_s=5)
+
+
+def _stopping(_: Job) -> ApiError:
+    return Draining("the server is stopping", retry_after_s=5)
 
 
 def _resolve(job: Job, outcome: Outcome) -> None:

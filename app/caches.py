@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from cachetools import LRUCache
@@ -13,7 +14,6 @@ from app.metrics import Metrics
 
 log = logging.getLogger("punchline.caches")
 _Value = TypeVar("_Value")
-_NUM_MAKERS = 64  # locks; keys that share one only wait for each other
 
 
 class ByteBoundedCache(Generic[_Value]):
@@ -26,12 +26,17 @@ class ByteBoundedCache(Generic[_Value]):
         self._metrics = metrics
         self._values: LRUCache[str, _Value] = LRUCache(max_bytes, getsizeof=self._cost)
         self._lock = threading.Lock()
-        self._makers = [threading.Lock() for _ in range(_NUM_MAKERS)]
+        self._makers: dict[str, tuple[threading.Lock, int]] = {}  # for each key that is being made: who makes it, how many wait
 
     def get(self, key: str) -> _Value | None:
         value = self._find(key)
         self._metrics.cache_lookups.labels(self._name, "miss" if value is None else "hit").inc()
         return value
+
+    def holds(self, key: str) -> bool:
+        """Whether a value is kept now. Neither counts as a lookup nor as a use."""
+        with self._lock:
+            return key in self._values
 
     def put(self, key: str, value: _Value) -> None:
         """Keep a value in the place of any other of this key; one larger than the whole cache is not kept."""
@@ -44,12 +49,27 @@ class ByteBoundedCache(Generic[_Value]):
 
     def get_or_make(self, key: str, make: Callable[[], _Value]) -> _Value:
         """The value of a key, made by one thread while others that want it wait. A failure is not kept: the next one tries again."""
-        with self._makers[hash(key) % _NUM_MAKERS]:
+        with self._alone(key):
             value = self._find(key)
             if value is None:
                 value = make()
                 self.put(key, value)
             return value
+
+    @contextmanager
+    def _alone(self, key: str) -> Iterator[None]:
+        """One thread at a time for each key."""
+        with self._lock:
+            turn, num_waiting = self._makers.get(key, (threading.Lock(), 0))
+            self._makers[key] = (turn, num_waiting + 1)
+        try:
+            with turn:
+                yield
+        finally:
+            with self._lock:
+                turn, num_waiting = self._makers.pop(key)
+                if num_waiting > 1:
+                    self._makers[key] = (turn, num_waiting - 1)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -7,10 +7,12 @@ import functools
 import inspect
 import json
 import logging
+import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -22,18 +24,25 @@ from rich.table import Table
 
 from app import __version__
 from app.artifacts import CONFIG_NAME, describe_artifact
-from app.errors import ApiError, StartRefused
+from app.errors import ApiError, DeviceBroken, DeviceFault, DeviceHung, StartRefused
 from app.preference import compare as compare_scores
 from app.preference import rank as rank_scores
 from app.remote import remote_info, remote_post, remote_selftest
 from app.settings import Settings, load_settings
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Preference scores for captions.", pretty_exceptions_enable=False)
+# plain help: in a narrow terminal rich would cut the names of variables, and take the defaults for markup
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Preference scores for captions.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 out = Console()
 err = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Url = Annotated[str | None, typer.Option(help="Ask a running server instead of loading a model.")]
+Url = Annotated[str | None, typer.Option(help="Ask a running server instead of loading a model; sends the first of PUNCHLINE_API_KEY.")]
 Model = Annotated[str | None, typer.Option(help="A directory, a Hub id, `demo` or `newyorker`.")]
 Base = Annotated[str | None, typer.Option("--base-model", help="Where the base model lies.")]
 Prompt = Annotated[str | None, typer.Option(help="The instruction the captions answer.")]
@@ -50,16 +59,28 @@ Image = Annotated[Path, typer.Argument(callback=_checked_image, help="The pictur
 
 
 def main() -> None:
-    """Entry point: a refused start is one line and exit code 3, a refused request one line and exit code 1."""
+    """Entry point: a refused start is one line and exit code 3, a broken device 5, a refused request 1."""
     try:
         app()  # a wrong usage is typer's to show, exit code 2; an interrupt is exit code 130
     except StartRefused as error:
         err.print(f"punchline: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(StartRefused.exit_code)
+    except DeviceBroken as error:
+        err.print(f"punchline: {error}", markup=False, highlight=False, soft_wrap=True)
+        leave(DeviceBroken.exit_code)
+    except (DeviceFault, DeviceHung) as error:
+        err.print(f"punchline: {error.message}", markup=False, highlight=False, soft_wrap=True)
+        leave(DeviceBroken.exit_code)
     except ApiError as error:
         where = f" ({error.field})" if error.field else ""
         err.print(f"punchline: {error.code}: {error.message}{where}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _one_of(url: str | None, *local: str | None) -> None:
+    """A server answers with the model it has: naming another beside its address would be ignored."""
+    if url and any(local):
+        raise typer.BadParameter("--url asks a running server; it cannot be told a --model or --base-model")
 
 
 def _option_type(annotation: Any) -> Any:
@@ -104,6 +125,8 @@ def serve(settings: Settings) -> None:
     from app.serving import serve as run  # torch loads only for commands that need it
 
     asyncio.run(run(settings))
+    if any(thread.name == "device" for thread in threading.enumerate()):  # the drain ended before its batch did
+        leave(0)
 
 
 @app.command()
@@ -117,6 +140,7 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score captions of one picture, best first."""
+    _one_of(url, model, base_model)
     route, local = ("/score", _local_score) if as_json else ("/rank", _local_rank)
     body = {"captions": captions, **_named(prompt=prompt)}
     answer = remote_post(url, route, _picture(image), body, _key()) if url else local(image, captions, prompt, model, base_model)
@@ -142,6 +166,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Say which of two captions of one picture is preferred."""
+    _one_of(url, model, base_model)
     answer = (
         remote_post(url, "/compare", _picture(image), {"a": a, "b": b, **_named(prompt=prompt)}, _key())
         if url
@@ -160,12 +185,13 @@ def compare(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="A directory, a Hub id, `demo` or `newyorker`.")] = "demo",
+    model: Annotated[str | None, typer.Argument(help="A directory, a Hub id, `demo` (if none is named) or `newyorker`.")] = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Say what an artifact is, without loading it, or what a server has loaded."""
-    card = remote_info(url, _key()) if url else _local_info(model)
+    _one_of(url, model)
+    card = remote_info(url, _key()) if url else _local_info(model or "demo")
     if as_json:
         out.print_json(data=card)
         return
@@ -178,6 +204,7 @@ def info(
 @app.command()
 def selftest(model: Model = None, base_model: Base = None, url: Url = None, as_json: Json = False) -> None:
     """Score the golden items and compare with what they had at export; exit code 3 when they differ."""
+    _one_of(url, model, base_model)
     report = remote_selftest(url, _key()) if url else _local_selftest(model, base_model)
     if as_json:
         out.print_json(data=report)
@@ -340,6 +367,17 @@ def _named(**values: Any) -> dict[str, Any]:
 def _key() -> str | None:
     """The key to send to `--url`: the first of PUNCHLINE_API_KEY."""
     return next(iter(load_settings().api_keys), None)
+
+
+def leave(code: int) -> None:
+    """At once: a thread that hangs on the device cannot be ended, and would keep the interpreter or crash it on its way out."""
+    try:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # a full disk, a closed pipe
+                stream.flush()
+    finally:
+        os._exit(code)
 
 
 def _literal(text: str) -> str:

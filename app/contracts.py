@@ -103,8 +103,8 @@ class Explanation:
 class Scorer(Protocol):
     """Scores encoded groups in two steps, so that the host prepares a batch while the device works on the one before.
 
-    `prepare` looks at nothing but its argument and is called from one thread, `score` from another; both may raise. Scores
-    may be NaN, which the caller refuses. `OutOfMemory` asks the caller for smaller batches.
+    `prepare` does what needs no device, and begins copies to it. It is called from one thread, `score` from another; both may raise.
+    Scores may be NaN, which the caller refuses. `OutOfMemory` asks the caller for smaller batches, `DeviceBroken` to call no more.
     """
 
     def prepare(self, groups: Sequence[EncodedGroup]) -> Any: ...

@@ -7,7 +7,7 @@ The last layer computes nothing but keys, values and what the pooled tokens need
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,18 @@ class NewPrefix:
         """Keep the new tokens' part of [tokens, kv_heads, head_dim]."""
         for which, tensor in enumerate((key, value)):
             self.keys_values[layer, which, self.num_known :] = tensor[self.start : self.start + self.num_tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Hidden states of some tokens, and the angles of their positions."""
+
+    hidden: Tensor  # [tokens, hidden]
+    cos: Tensor  # [tokens, 1, head_dim / 2]
+    sin: Tensor
+
+    def some(self, which: Tensor) -> Tokens:
+        return Tokens(self.hidden[which], self.cos[which], self.sin[which])
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +96,13 @@ class Decoder:
 
     def forward(self, embedded: Tensor, positions: Tensor, arrangement: Arrangement) -> Tensor:
         """[tokens, hidden] and positions [3, tokens] (one axis for text) to the normed states of the pooled tokens, [rows, hidden]."""
-        cos, sin = self._angles(embedded, positions)
-        device = embedded.device
-        everywhere = _Pass(arrangement, device, last=False)
-        hidden = embedded
-        for number, layer in enumerate(self._layers[:-1]):
-            hidden = self._layer(layer, number, hidden, hidden, cos, sin, cos, sin, everywhere)
-        pooled = arrangement.pooled
-        number, layer = len(self._layers) - 1, self._layers[-1]
-        hidden = self._layer(
-            layer, number, hidden, hidden[pooled], cos, sin, cos[pooled], sin[pooled], _Pass(arrangement, device, last=True)
-        )
-        return norm(hidden, self._model.norm)
+        tokens = Tokens(embedded, *self._angles(embedded, positions))
+        view = _View(arrangement, embedded.device, last=False)
+        *numbers, last = range(len(self._layers))
+        for number in numbers:
+            tokens = replace(tokens, hidden=self._layer(number, tokens, tokens, view))
+        pooled = self._layer(last, tokens, tokens.some(arrangement.pooled), _View(arrangement, embedded.device, last=True))
+        return norm(pooled, self._model.norm)
 
     def _angles(self, embedded: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine, [tokens, 1, head_dim / 2] each: both halves of a head turn by the same angles."""
@@ -104,37 +111,28 @@ class Decoder:
         half = self._head_dim // 2
         return cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
 
-    def _layer(
-        self,
-        layer: Any,
-        number: int,
-        hidden: Tensor,  # [tokens, hidden]
-        asking: Tensor,  # [queries, hidden] those of `hidden` that go on
-        cos: Tensor,
-        sin: Tensor,
-        asking_cos: Tensor,
-        asking_sin: Tensor,
-        where: _Pass,
-    ) -> Tensor:
+    def _layer(self, number: int, tokens: Tokens, asking: Tokens, view: _View) -> Tensor:
+        """The new states of those who ask, [queries, hidden]: all tokens, or some of them."""
+        layer, hidden = self._layers[number], asking.hidden
         attention, mlp = layer.self_attn, layer.mlp
-        normed = norm(hidden, layer.input_layernorm)
-        normed_asking = normed if asking is hidden else norm(asking, layer.input_layernorm)
-        key = rotate(self._heads(attention.k_proj(normed)), cos, sin)
+        normed = norm(tokens.hidden, layer.input_layernorm)
+        normed_asking = normed if asking is tokens else norm(hidden, layer.input_layernorm)
+        key = rotate(self._heads(attention.k_proj(normed)), tokens.cos, tokens.sin)
         value = self._heads(attention.v_proj(normed))
-        where.keep(number, key, value)
-        if not len(asking):
-            return asking  # a prefix by itself: its last layer ends here
-        query = rotate(self._heads(attention.q_proj(normed_asking)), asking_cos, asking_sin)
-        attended = where.attend(number, query, key, value, self._scale)
-        asking = plus(attention.o_proj, attended.reshape(len(asking), -1), asking)
-        inner = norm(asking, layer.post_attention_layernorm)
-        return plus(mlp.down_proj, times(mlp.up_proj, inner, silu(mlp.gate_proj, inner)), asking)
+        view.keep(number, key, value)
+        if not len(hidden):
+            return hidden  # a prefix by itself: its last layer ends here
+        query = rotate(self._heads(attention.q_proj(normed_asking)), asking.cos, asking.sin)
+        attended = view.attend(number, query, key, value, self._scale)
+        hidden = plus(attention.o_proj, attended.reshape(len(hidden), -1), hidden)
+        inner = norm(hidden, layer.post_attention_layernorm)
+        return plus(mlp.down_proj, times(mlp.up_proj, inner, silu(mlp.gate_proj, inner)), hidden)
 
     def _heads(self, flat: Tensor) -> Tensor:
         return flat.view(len(flat), -1, self._head_dim)
 
 
-class _Pass:
+class _View:
     """Who looks at whom in a layer: every token in most, only the pooled ones in the last. Built once, used by each layer."""
 
     def __init__(self, arrangement: Arrangement, device: torch.device, *, last: bool) -> None:
@@ -167,12 +165,12 @@ class _Pass:
         if start == len(query):
             return own
         kept_key, kept_value = (
-            _joined([reach.keys_values[number, which, : reach.num_prefix] for reach in self._reaches]) for which in (0, 1)
+            _end_to_end([reach.keys_values[number, which, : reach.num_prefix] for reach in self._reaches]) for which in (0, 1)
         )
         over, over_lse = attend(query[start:], kept_key, kept_value, self._across, causal=False, scale=scale)
         merged = merge(own[start:], own_lse[start:], over, over_lse)
         return merged if start == 0 else torch.cat([own[:start], merged])
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
+def _end_to_end(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

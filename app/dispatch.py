@@ -16,6 +16,8 @@ from app.errors import ApiError, DeadlineExceeded, DoesNotFit, NonfiniteScore, O
 from app.planning import Filling, plan_batch, some_rows
 
 Outcome = Scores | ApiError
+_NUM_WAITING = 64
+_MAX_GIVEN_UP = 1 / 16  # of a batch: to compute less for nobody is not worth making it ready twice
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +45,12 @@ class Batch:
     @property
     def groups(self) -> list[EncodedGroup]:
         return [piece.group for piece in self.pieces]
+
+    @property
+    def share_given_up(self) -> float:
+        """Of its captions, those that nobody waits for any more."""
+        num_rows = [len(piece.group.rows) for piece in self.pieces]
+        return sum(rows for rows, piece in zip(num_rows, self.pieces, strict=True) if piece.job.future.done()) / sum(num_rows)
 
     def check(self, results: Sequence[Scores]) -> list[Outcome]:
         """Scores of the right number, all finite, or the error in their place. Raises ScoringFailed when groups are missing."""
@@ -85,6 +93,7 @@ class Dispatch:
     def __init__(self, max_batch_tokens: int) -> None:
         self._max_batch_tokens = max_batch_tokens
         self._waiting: list[Job] = []
+        self._num_waiting_max = _NUM_WAITING  # before those that nobody waits for are looked for
         self._filling = Filling(max_batch_tokens)  # at least what the waiting jobs fill, kept as they come; the true plan decides
         self._due: list[Batch] = []  # halves of what failed, the next one first
         self._preparing: Batch | None = None
@@ -118,6 +127,9 @@ class Dispatch:
         return [job for job in (*planned, *self._waiting) if not job.future.done()]
 
     def add(self, job: Job) -> None:
+        if len(self._waiting) >= self._num_waiting_max:  # those given up hold pictures, and no budget counts them any more
+            self._wait([each for each in self._waiting if not each.future.done()])
+            self._num_waiting_max = max(_NUM_WAITING, 2 * len(self._waiting))
         self._waiting.append(job)
         self._filling.take(job.group)
 
@@ -161,10 +173,16 @@ class Dispatch:
             self._preparing = None
 
     def start(self, now: float) -> tuple[Batch, Any] | None:
-        """The batch that goes to the device now, if one is ready; end it by `succeed` or `fail`."""
+        """The batch that goes to the device now, if one is ready; end it by `succeed` or `fail`.
+
+        Where a good part of it is for nobody any more, it is made ready again without that part instead.
+        """
         if not self.wants_start or self._ready is None:
             return None
         (batch, prepared), self._ready = self._ready, None
+        if batch.share_given_up >= _MAX_GIVEN_UP:
+            self._due.insert(0, batch)
+            return None
         self._running = batch
         for piece in batch.pieces:
             piece.job.started = piece.job.started or now

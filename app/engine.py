@@ -5,10 +5,10 @@ Its slow twins are `score_shared` (the same packing through transformers) and `s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,15 +18,19 @@ from torch import Tensor
 from app.contracts import EncodedImage, Ids
 from app.decoder import Arrangement, Decoder, NewPrefix, Reach
 from app.encoding import positions
-from app.errors import OutOfMemory
+from app.faults import faults_named
 from app.layers import prepack
 from app.machine import peak_bytes, reset_peak, resident_bytes
 from app.model import RewardModel
-from app.reuse import Answer, KeptPrefix, Share
+from app.reuse import Computed, KeptPrefix, Share
+from app.transfer import Staged, Stager, on_device
 from app.vision import VisionTower
 
 TensorShare = Share[Tensor, Tensor]
-_PRACTICE_ROW = 32
+_PeakOf: TypeAlias = Callable[[Callable[[], object]], int]
+_PRACTICE_PREFIX, _PRACTICE_LEAD = 512, 8  # tokens
+_MAX_PRACTICE_PICTURE = {"cpu": 144, "cuda": 1024}  # tokens: one picture at a time goes through the tower
+_STAGED_BATCHES = 2  # the one that runs and the one behind it: of both, patches may be on the device
 _KEYS_VALUES_DIM = 5  # [layers, 2, tokens, kv_heads, head_dim]
 _AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # what rounding in other company may move, of what tokens differ by
 
@@ -41,52 +45,90 @@ class Engine:
         self._text = backbone.language_model if model.takes_images else backbone
         self._decoder = Decoder(self._text)
         self._vision = VisionTower(backbone.visual) if model.takes_images else None
+        self._stager = Stager(model.device)
         self._embed = backbone.get_input_embeddings()
 
-    @torch.inference_mode()
-    def image_features(self, image: EncodedImage) -> Tensor:
-        """What the vision tower makes of one picture by itself, [image tokens, hidden]. Raises OutOfMemory."""
-        if self._vision is None:
-            raise ValueError("a text-only model takes no image")
-        with _memory_named():
-            return self._vision.features(self._on_device(image.patches), image.grid_thw)
+    def stage(self, image: EncodedImage) -> Staged:
+        """Begin to copy a picture to the device, from any thread. Raises OutOfMemory."""
+        with faults_named():
+            return self._stager.stage(image.patches)
 
     @torch.inference_mode()
-    def forward(self, shares: Sequence[TensorShare]) -> list[Answer[Tensor]]:
+    def image_features(self, image: EncodedImage, staged: Staged | None = None) -> Tensor:
+        """What the vision tower makes of one picture by itself, [image tokens, hidden]. Raises OutOfMemory.
+
+        `staged`: the picture, sent ahead.
+        """
+        if self._vision is None:
+            raise ValueError("a text-only model takes no image")
+        with faults_named():
+            patches = self._on_device(image.patches) if staged is None else staged.take()
+            return self._vision.features(patches, image.grid_thw)
+
+    @torch.inference_mode()
+    def forward(self, shares: Sequence[TensorShare]) -> list[Computed[Tensor]]:
         """The scores of every row, and each share's prefix to be kept. Raises OutOfMemory."""
         return self._run(shares, self._decoder)
 
-    def _run(self, shares: Sequence[TensorShare], decoder: Decoder) -> list[Answer[Tensor]]:
-        with _memory_named():
+    def _run(self, shares: Sequence[TensorShare], decoder: Decoder) -> list[Computed[Tensor]]:
+        with faults_named():
             lots = [self._lot(share, decoder) for share in shares]
             arrangement = self._arrange(lots)
             embedded = self._embedded(lots)
             where = self._on_device(np.concatenate([*(lot.prefix_positions for lot in lots), *_suffix_positions(lots)], axis=1))
             pooled = decoder.forward(embedded, where if self._model.takes_images else where[0], arrangement)
             values = iter(self._model.head(pooled).tolist() if len(pooled) else [])
-        return [Answer(tuple(next(values) for _ in lot.share.rows), lot.prefix) for lot in lots]
+        return [Computed(tuple(next(values) for _ in lot.share.rows), lot.prefix) for lot in lots]
 
     @torch.inference_mode()
     def measure_bytes_per_token(self, num_tokens: int) -> int:
-        """What a token of a batch takes at most beside the weights, by running a batch of so many. Raises OutOfMemory."""
-        share = _practice(num_tokens)
-        peak = self._peak_on_gpu(share) if self._model.device.type == "cuda" else self._peak_on_cpu(share)
-        return max(-(-peak // num_tokens), self._counted_bytes_per_token())
+        """What a token of a batch takes at most beside the weights, by running a batch and a picture of so many. Raises OutOfMemory."""
+        is_on_gpu = self._model.device.type == "cuda"
+        peak_of = self._peak_on_gpu if is_on_gpu else _peak_on_cpu
+        found = [self._counted_bytes_per_token(), -(-self._peak_of_text(num_tokens, peak_of) // num_tokens)]
+        if self._vision is not None:
+            # One block of each kind stands for all: on a CPU they would take seconds, and what they need is the same.
+            tower = self._vision if is_on_gpu else self._vision.shortened()
+            side = max(1, math.isqrt(min(num_tokens, _MAX_PRACTICE_PICTURE[self._model.device.type])))
+            found.append(-(-self._peak_of_picture(tower, side, peak_of) // side**2))
+        return max(found) + (self._staged_bytes_per_token() if is_on_gpu else 0)
 
-    def _peak_on_gpu(self, share: TensorShare) -> int:
+    def _peak_of_text(self, num_tokens: int, peak_of: _PeakOf) -> int:
+        if self._model.device.type == "cuda":
+            return peak_of(lambda: self._run(self._practice(num_tokens, self._decoder), self._decoder))
+        # Two layers stand for all: one comes after another, and only keys and values grow with their number.
+        two = Decoder(self._text, [self._text.layers[0], self._text.layers[-1]])
+        return peak_of(lambda: self._run(self._practice(num_tokens, two), two)) + self._decoder.new_keys_values(1).nbytes * num_tokens
+
+    def _peak_of_picture(self, tower: VisionTower, side: int, peak_of: _PeakOf) -> int:
+        """Of a square picture, its patches included."""
+        grid = (1, side * tower.merge_size, side * tower.merge_size)
+        patches = np.ones((math.prod(grid), tower.num_patch_values), dtype=np.float32)
+
+        def run() -> None:
+            with faults_named():
+                tower.features(self._on_device(patches), grid)
+
+        return peak_of(run)
+
+    def _peak_on_gpu(self, work: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated(self._model.device)
         torch.cuda.reset_peak_memory_stats(self._model.device)
-        self._run([share], self._decoder)
+        work()
         return int(torch.cuda.max_memory_allocated(self._model.device) - before)
 
-    def _peak_on_cpu(self, share: TensorShare) -> int:
-        """Two layers stand for all: one comes after another, and only keys and values grow with their number. 0 if nobody tells."""
-        before, was_reset = resident_bytes(), reset_peak()
-        self._run([share], Decoder(self._text, [self._text.layers[0], self._text.layers[-1]]))
-        peak = peak_bytes()
-        if before is None or peak is None or not was_reset:
-            return 0
-        return max(0, peak - before) + self._decoder.new_keys_values(1).nbytes * share.num_prefix
+    def _practice(self, num_tokens: int, decoder: Decoder) -> list[TensorShare]:
+        """Shares that compute `num_tokens` tokens, almost all of them prefixes behind a known beginning, with one row at the end.
+
+        No other arrangement takes more: what a prefix takes beyond a suffix are its keys and values in every layer; what a suffix
+        takes beyond a prefix is the attention over what is known, and this prefix has that as well.
+        """
+        known = decoder.new_keys_values(_PRACTICE_LEAD).zero_()
+        lead = KeptPrefix(np.zeros(_PRACTICE_LEAD, dtype=np.int64), known, known.nbytes)
+        lengths = [min(_PRACTICE_PREFIX, left) for left in range(num_tokens, 0, -_PRACTICE_PREFIX)]
+        ids = [np.zeros(_PRACTICE_LEAD + length, dtype=np.int64) for length in lengths]
+        first, *others = ids
+        return [Share(first[:-1], (first,), None, None, None, lead), *(Share(own, (), None, None, None, lead) for own in others)]
 
     def _counted_bytes_per_token(self) -> int:
         """The tensors of a layer that are there at once, in the text model or the vision tower, and the keys and values of all layers."""
@@ -96,6 +138,11 @@ class Engine:
             values = max(values, self._vision.num_values_per_token)
         return int(values * item) + self._decoder.new_keys_values(1).nbytes
 
+    def _staged_bytes_per_token(self) -> int:
+        if self._vision is None:
+            return 0
+        return _STAGED_BATCHES * self._vision.num_patch_values * self._vision.merge_size**2 * np.dtype(np.float32).itemsize
+
     @torch.inference_mode()
     def agree(self, first: Tensor, second: Tensor, *, exact: bool) -> bool:
         """Whether two results of the same computation are equal, or differ by no more than rounding in other company does."""
@@ -104,9 +151,9 @@ class Engine:
             first, second = first[:, :, :length], second[:, :, :length]
         if first.shape != second.shape:
             return False
-        if exact:
-            return torch.equal(first, second)
-        with _memory_named():
+        with faults_named():
+            if exact:
+                return torch.equal(first, second)
             if first.dim() != _KEYS_VALUES_DIM:
                 return _close(first, second)
             return all(_close(one, other) for one, other in zip(first.flatten(0, 1), second.flatten(0, 1), strict=True))
@@ -120,8 +167,8 @@ class Engine:
             raise ValueError("the image does not lie whole in the shared prefix")
         if kept is not None:
             return _Lot(share, split, kept, _NO_POSITIONS, self._delta(share))
-        if (image is None) != (share.features is None):
-            raise ValueError("a new prefix needs the features of its image")
+        if self._is_behind_lead(share) != (share.features is not None):
+            raise ValueError("a new prefix needs the features of its image, unless its known beginning holds it")
         where = positions(ids, image, self._model.image_token_id, self._model.merge_size)
         keys_values = decoder.new_keys_values(split)
         num_known = 0
@@ -130,6 +177,15 @@ class Engine:
             keys_values[:, :, :num_known] = share.lead.keys_values
         prefix = KeptPrefix(ids, keys_values, keys_values.nbytes)
         return _Lot(share, split, prefix, where[:, num_known:], self._delta(share))
+
+    def _is_behind_lead(self, share: TensorShare) -> bool:
+        """Whether there is an image that is computed now, not known from the beginning of the prefix."""
+        if share.image is None:
+            return False
+        num_known = 0 if share.lead is None else int((share.lead.ids == self._model.image_token_id).sum())
+        if num_known not in (0, share.image.num_tokens):
+            raise ValueError("the image does not lie whole on one side of the known beginning")
+        return num_known == 0
 
     def _delta(self, share: TensorShare) -> int:
         """What positions behind the image differ by from the index: an image spans its longer side, not its tokens."""
@@ -169,9 +225,7 @@ class Engine:
         return embedded
 
     def _on_device(self, array: NDArray[Any]) -> Tensor:
-        """Copied without waiting for the device."""
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor.pin_memory().to(self._model.device, non_blocking=True) if self._model.device.type == "cuda" else tensor
+        return on_device(array, self._model.device)
 
 
 _NO_POSITIONS = np.zeros((3, 0), dtype=np.int64)
@@ -214,28 +268,9 @@ def _close(first: Tensor, second: Tensor) -> bool:
     return bool((one - other).norm() <= _AGREEMENT[first.dtype] * own)
 
 
-def _practice(num_tokens: int) -> TensorShare:
-    """A share that computes `num_tokens` tokens: a quarter is the prefix, the rest rows of 32 behind it."""
-    prefix = np.zeros(max(1, num_tokens // 4), dtype=np.int64)
-    lengths = [min(_PRACTICE_ROW, left) for left in range(num_tokens - len(prefix), 0, -_PRACTICE_ROW)]
-    rows = tuple(np.concatenate([prefix, np.full(length, index % 2, dtype=np.int64)]) for index, length in enumerate(lengths))
-    return Share(prefix, rows, None, None, None)
-
-
-@contextmanager
-def _memory_named() -> Iterator[None]:
-    """Whatever torch raises when memory runs out, as one error."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError):
-        _release()
-        raise OutOfMemory("the device has no memory left for this batch") from None
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error) and "could not create a primitive" not in str(error):
-            raise
-        raise OutOfMemory("there is no memory left for this batch") from None
-
-
-def _release() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _peak_on_cpu(work: Callable[[], object]) -> int:
+    """0 where nobody tells."""
+    before, was_reset = resident_bytes(), reset_peak()
+    work()
+    peak = peak_bytes()
+    return 0 if before is None or peak is None or not was_reset else max(0, peak - before)

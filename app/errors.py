@@ -5,8 +5,10 @@ PunchlineError
 │   ├── SettingsInvalid
 │   └── ArtifactInvalid
 ├── OutOfMemory                     the device could not hold a batch: the batcher halves it; no answer to a client
+├── DeviceBroken                    nothing the device says can be believed any more: the process leaves, exit code 5
 └── ApiError                        becomes the one error shape of the API
     ├── RequestError                4xx: sending the same again cannot help
+    │   ├── BadHttp                 400   ├── HeadTimeout            408
     │   ├── InvalidJson             400   ├── BodyTooLarge           413
     │   ├── DuplicateKey            400   ├── TooManyItems           413
     │   ├── TooDeep                 400   ├── TooManyTokens          413
@@ -17,12 +19,15 @@ PunchlineError
     │   ├── ImageUnknown            404   ├── InvalidRequest         422
     │   ├── MethodNotAllowed        405   ├── ImageRejected          422
     │   ├── BodyTimeout             408   └── ItemRejected           422
+    │   ├── HeadTooLarge            431
     │   └── FingerprintMismatch     412
     ├── Unavailable                 503 + Retry-After: the same request will do later
     │   ├── Overloaded
     │   ├── Draining
     │   ├── NotReady
-    │   └── DeadlineExceeded
+    │   ├── DeadlineExceeded
+    │   └── DeviceFault
+    ├── DeviceHung                  504: the batch never came back
     └── ScoringFailed               500: the device or the model failed this request
         ├── NonfiniteScore
         └── DoesNotFit
@@ -52,6 +57,20 @@ class OutOfMemory(PunchlineError):
 
     A caption that does not fit alone ends in ScoringFailed with the code `out_of_memory`.
     """
+
+
+class DeviceBroken(PunchlineError):
+    """Nothing the device computes from now on can be believed, or nothing comes any more. Raised by a scorer, it ends the batch loop.
+
+    `kind`: `sticky` (a fault that stays in the process), `hang`, `memory` (not even one caption fits any more), `died` (a thread of
+    the batch loop), `drift` (golden scores are wrong now).
+    """
+
+    exit_code = 5
+
+    def __init__(self, message: str, *, kind: str = "sticky") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class ApiError(PunchlineError):
@@ -87,6 +106,12 @@ class RequestError(ApiError):
 
     status = 400
     code = "bad_request"
+
+
+class BadHttp(RequestError):
+    """The bytes are no HTTP/1 request."""
+
+    code = "bad_http"
 
 
 class InvalidJson(RequestError):
@@ -134,12 +159,25 @@ class MethodNotAllowed(RequestError):
     code = "method_not_allowed"
 
 
+class HeadTimeout(RequestError):
+    """The head of a request stopped arriving. Retryable, as a body that stops is."""
+
+    status = 408
+    code = "head_timeout"
+    retryable = True
+
+
 class BodyTimeout(RequestError):
     """The body stopped arriving. Retryable: a slow network is nobody's fault."""
 
     status = 408
     code = "body_timeout"
     retryable = True
+
+
+class HeadTooLarge(RequestError):
+    status = 431
+    code = "head_too_large"
 
 
 class FingerprintMismatch(RequestError):
@@ -233,6 +271,20 @@ class NotReady(Unavailable):
 
 class DeadlineExceeded(Unavailable):
     code = "deadline_exceeded"
+
+
+class DeviceFault(Unavailable):
+    """The device or the batch loop broke before this request had its scores; the process leaves, its successor may answer."""
+
+    code = "device_fault"
+
+
+class DeviceHung(ApiError):
+    """The batch with this request went to the device and did not come back in time."""
+
+    status = 504
+    code = "device_hung"
+    retryable = True
 
 
 class ScoringFailed(ApiError):

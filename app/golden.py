@@ -1,23 +1,31 @@
-"""Golden items for whoever writes an artifact: captions encoded as a server would, and the scores of a model. Loads no model."""
+"""Golden items: captions encoded as a server would, what they scored at export, and how they are written. Loads no model."""
 
 from __future__ import annotations
 
+import hashlib
+import platform
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from app.artifacts import Golden, GoldenItem
-from app.contracts import EncodedGroup, Group
-from app.encoding import Encoder
+import numpy as np
+
+from app.artifacts import Golden, GoldenItem, recipe_sha256
+from app.contracts import EncodedGroup, EncodedImage, Group, Ids
 from app.errors import ApiError, ArtifactInvalid
 from app.images import ImageLimits, decode_image
+
+if TYPE_CHECKING:
+    from app.encoding import Encoder
 
 GOLDEN_TOLERANCE: dict[Literal["float32", "bfloat16"], float] = {"float32": 1e-4, "bfloat16": 0.1}  # of scores that spread by 1 or less
 _MAX_SHARE = 0.01  # of the spread, in float32: where all scores are close, a smaller difference swaps captions
 _MIN_TOLERANCE = 2e-5  # what another machine's float32 may round to
 _TOKENS_A_SENTENCE = 5  # at least: four words or numbers and a stop, which no tokenizer joins
+_PIXEL_LIBRARIES = ("pillow", "numpy", "transformers")  # another version may round a pixel otherwise
 # What a server takes by default: it must be able to score its own golden items.
 GOLDEN_LIMITS = ImageLimits(max_bytes=10 << 20, max_pixels=16_000_000, min_side=16, max_aspect=100, formats=("JPEG", "PNG", "WEBP"))
 
@@ -29,6 +37,15 @@ class GoldenInput:
     image: Path | None
     captions: tuple[str, ...]
     prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenCase:
+    """A golden item as the device sees it, and what it must score."""
+
+    number: int
+    group: EncodedGroup
+    scores: tuple[float, ...]
 
 
 def make_golden(
@@ -45,8 +62,34 @@ def make_golden(
             (root / "golden").mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(data)
         (values,) = score([group])
-        items.append(GoldenItem(image=name, prompt=given.prompt, captions=list(given.captions), scores=list(values)))
-    return Golden(tolerance=tolerance_of([score for item in items for score in item.scores]), items=items)
+        item = GoldenItem(image=name, prompt=given.prompt, captions=list(given.captions), scores=list(values))
+        items.append(with_digests(item, group))
+    tolerance = tolerance_of([score for item in items for score in item.scores])
+    return Golden(
+        schema_version=2, tolerance=tolerance, items=items, recipe_sha256=recipe_sha256(encoder.config), made_with=pixel_libraries()
+    )
+
+
+def with_digests(item: GoldenItem, group: EncodedGroup) -> GoldenItem:
+    """The item with the digests of what its captions and its picture are encoded to."""
+    pixels = None if group.image is None else pixels_sha256(group.image)
+    return item.model_copy(update={"ids_sha256": [ids_sha256(row) for row in group.rows], "pixels_sha256": pixels})
+
+
+def ids_sha256(row: Ids) -> str:
+    """Of the ids as little-endian 64-bit integers."""
+    return hashlib.sha256(row.astype("<i8").tobytes()).hexdigest()
+
+
+def pixels_sha256(image: EncodedImage) -> str:
+    """Of the grid and the float32 values the vision tower sees."""
+    grid = np.asarray(image.grid_thw, dtype="<i8").tobytes()
+    return hashlib.sha256(grid + image.patches.astype("<f4").tobytes()).hexdigest()
+
+
+def pixel_libraries() -> dict[str, str]:
+    """What pixels may depend on beside the recipe."""
+    return {"machine": platform.machine()} | {name: version(name) for name in _PIXEL_LIBRARIES}
 
 
 def tolerance_of(scores: Sequence[float]) -> dict[Literal["float32", "bfloat16"], float]:
@@ -66,21 +109,30 @@ def long_prompt(max_prompt_tokens: int) -> str:
 
 def encode_golden(encoder: Encoder, given: GoldenInput, name: str) -> tuple[EncodedGroup, bytes]:
     """One golden input as the server would encode it, and the bytes of its picture; `name` is what errors call it."""
+    try:
+        data = None if given.image is None else given.image.read_bytes()
+    except OSError as error:
+        raise ArtifactInvalid(f"{name}: golden picture cannot be read ({error.strerror})") from None
+    return encode_captions(encoder, given, data, name), data or b""
+
+
+def encode_captions(
+    encoder: Encoder, given: GoldenInput | GoldenItem, data: bytes | None, name: str, limits: ImageLimits = GOLDEN_LIMITS
+) -> EncodedGroup:
+    """The captions of an item with the bytes of its picture, as a server would encode them. Raises ArtifactInvalid."""
     config = encoder.config
     if config.prompt_policy == "fixed" and given.prompt not in (None, config.default_prompt):
         raise ArtifactInvalid(f"{name}: golden prompt is not the one fixed prompt of this model")
-    if (given.image is None) == encoder.takes_images:
+    if (data is None) == encoder.takes_images:
         raise ArtifactInvalid(f"{name}: this model {'needs an' if encoder.takes_images else 'takes no'} image")
     try:
-        data = b"" if given.image is None else given.image.read_bytes()
-        image = None if given.image is None else decode_image(data, GOLDEN_LIMITS, exif_transpose=config.image.exif_transpose)
-        group, errors = encoder.encode(Group(given.captions, given.prompt, None if image is None else encoder.encode_image(image)))
-    except OSError as error:
-        raise ArtifactInvalid(f"{name}: golden picture cannot be read ({error.strerror})") from None
+        image = None if data is None else decode_image(data, limits, exif_transpose=config.image.exif_transpose)
+        pixels = None if image is None else encoder.encode_image(image)
+        group, errors = encoder.encode(Group(tuple(given.captions), given.prompt, pixels))
     except ApiError as error:
         raise ArtifactInvalid(f"{name}: golden item cannot be scored: {error.message}") from None
     if fault := next(filter(None, errors), None):
         raise ArtifactInvalid(f"{name}: golden caption {fault.index} cannot be scored: {fault.message}")
     if group is None:
         raise ArtifactInvalid(f"{name}: golden item without captions")
-    return group, data
+    return group

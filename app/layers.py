@@ -2,21 +2,29 @@
 
 torch reorders a layer's weight for oneDNN on every call; a prepacked layer has it in that order from the start. What follows a
 product (SiLU, a product with another tensor, a residual) is done on its tiles before they are rounded. Elsewhere, and for layers
-that are more than a matrix (unmerged LoRA), the same steps are plain torch. Inference only.
+that are more than a matrix (unmerged LoRA), the same steps are plain torch, or compiled within `compiled_steps`. Inference only.
 """
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from app.errors import SettingsInvalid
+
+Step: TypeAlias = Callable[..., Tensor]
 _EXPECTED_ROWS = 512  # tokens of a usual batch: what oneDNN chooses the order of the weight for
 _PREPACKED_DTYPES = (torch.float32, torch.bfloat16)
+_MIN_COMPILED_TOKENS = 2  # torch compiles a size of 0 or 1 anew
+_MAX_REASON = 200  # characters of a compiler's own words
+_compiled: dict[Step, Step] = {}  # each step's compiled form; like torch's number of threads it is the process's
 
 
 class PrepackedLinear(nn.Module):
@@ -48,34 +56,111 @@ class PrepackedLinear(nn.Module):
 
 def silu(linear: nn.Module, x: Tensor) -> Tensor:
     """SiLU(linear(x)), [tokens, out_features]."""
-    return linear.silu(x) if isinstance(linear, PrepackedLinear) else F.silu(linear(x))
+    if isinstance(linear, PrepackedLinear):
+        return linear.silu(x)
+    return _step(_silu, x)(x, linear.weight, linear.bias) if type(linear) is nn.Linear else F.silu(linear(x))
 
 
 def times(linear: nn.Module, x: Tensor, other: Tensor) -> Tensor:
     """linear(x) * other, [tokens, out_features]."""
-    result: Tensor = linear.combined(x, other, "mul") if isinstance(linear, PrepackedLinear) else linear(x).mul_(other)
-    return result
+    if isinstance(linear, PrepackedLinear):
+        return linear.combined(x, other, "mul")
+    return _step(_times, x, other)(x, linear.weight, linear.bias, other) if type(linear) is nn.Linear else linear(x).mul_(other)
 
 
 def plus(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """linear(x) + residual, [tokens, out_features]."""
-    result: Tensor = linear.combined(x, residual, "add") if isinstance(linear, PrepackedLinear) else linear(x).add_(residual)
-    return result
+    if isinstance(linear, PrepackedLinear):
+        return linear.combined(x, residual, "add")
+    return _step(_plus, x, residual)(x, linear.weight, linear.bias, residual) if type(linear) is nn.Linear else linear(x).add_(residual)
 
 
 def norm(hidden: Tensor, layer: Any) -> Tensor:
     """Root-mean-square norm (arXiv 1910.07467) in float32, [tokens, hidden] in and out."""
-    return F.rms_norm(hidden, layer.weight.shape, layer.weight, layer.variance_epsilon)
+    return _step(_norm, hidden)(hidden, layer.weight, layer.variance_epsilon)
 
 
 def rotate(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (arXiv 2104.09864, halves layout): [tokens, heads, head_dim] by [tokens, 1, head_dim / 2]."""
+    return _step(_rotate, tensor, cos, sin)(tensor, cos, sin)
+
+
+def _silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.silu(F.linear(x, weight, bias))
+
+
+def _times(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
+    return F.linear(x, weight, bias).mul_(other)
+
+
+def _plus(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    return F.linear(x, weight, bias).add_(residual)
+
+
+def _norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return F.rms_norm(hidden, weight.shape, weight, epsilon)
+
+
+def _rotate(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = tensor.shape[-1] // 2
     first, second = tensor[..., :half], tensor[..., half:]
     rotated = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     torch.mul(first, cos, out=rotated[..., :half]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=rotated[..., half:]).addcmul_(first, sin)
     return rotated
+
+
+def _rotate_for_compiler(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same without writing into parts, which the compiler does itself."""
+    first, second = tensor.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _step(plain: Step, *by_token: Tensor) -> Step:
+    """A step, compiled if it is to be, and then for any number of tokens: the first dimension of `by_token`, and no other, may change."""
+    found = _compiled.get(plain)
+    if found is None or len(by_token[0]) < _MIN_COMPILED_TOKENS:
+        return plain
+    for tensor in by_token:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    return found
+
+
+@contextmanager
+def compiled_steps(device: torch.device) -> Iterator[None]:
+    """Within, every model of this process runs its steps compiled, each when it is first met with new widths.
+
+    Other numbers of tokens compile nothing. Raises SettingsInvalid when this machine cannot compile.
+    """
+    try:
+        steps = _compile(device)
+    except Exception as error:  # of dynamo, inductor, triton, the C++ compiler or the file system
+        raise SettingsInvalid(f"PUNCHLINE_COMPILE: this machine cannot compile for {device} ({_reason(error)})") from None
+    _compiled.update(steps)
+    try:
+        yield
+    finally:
+        _compiled.clear()
+
+
+@torch.inference_mode()
+def _compile(device: torch.device) -> dict[Step, Step]:
+    """Every step's compiled form; the smallest norm shows that all a compiler needs is there."""
+    bodies: dict[Step, Step] = {_silu: _silu, _times: _times, _plus: _plus, _norm: _norm, _rotate: _rotate_for_compiler}
+    # dynamic=False: nothing but what `_step` marks may change. A kernel for all widths would fit those of another as well, and
+    # which of two that fit is taken depends on what ran last. No processes of the compiler's own: they would stay.
+    options: dict[str, Any] = {"compile_threads": 1}
+    steps = {plain: torch.compile(body, dynamic=False, fullgraph=True, options=options) for plain, body in bodies.items()}
+    hidden, weight = torch.linspace(-1, 1, 32, device=device).view(4, 8), torch.ones(8, device=device)
+    if not torch.allclose(steps[_norm](hidden, weight, 1e-6), _norm(hidden, weight, 1e-6), atol=1e-5):
+        raise RuntimeError("what it compiles computes something else")
+    return steps
+
+
+def _reason(error: Exception) -> str:
+    """What is at fault in one line; torch wraps it into its own error, whose first line only says so."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(" raised:")]
+    return lines[0][:_MAX_REASON] if lines else type(error).__name__
 
 
 def can_prepack(linear: nn.Module) -> bool:

@@ -11,6 +11,18 @@ _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _SCORES = (-16, -8, -4, -3, -2, -1.5, -1, -0.5, -0.25, 0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 8, 16)
 _SPREADS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+CLIENT_GONE = 499  # nginx's number for it; nothing is sent, only counted
+
+
+def outcome_of(status: int) -> str:
+    """What became of a request, by the status of its answer."""
+    if status < 400:
+        return "ok"
+    if status == CLIENT_GONE:
+        return "cancelled"
+    if status == 503:
+        return "rejected"
+    return "client_error" if status < 500 else "failed"
 
 
 class Metrics:
@@ -30,15 +42,35 @@ class Metrics:
             ("http_request_method", "http_route", "http_response_status_code"),
         )  # fmt: skip
         self.http_active = self._gauge("http_server_active_requests", "Requests being answered.", ("http_route",))
+        self.refused_connections = self._counter(
+            "http_server_refused_connections_total",
+            "Connections ended by the server: bad_http, head_too_large, head_timeout, idle, too_many, write_timeout.",
+            ("reason",),
+        )
+        self.http_body_bytes = self._gauge("http_server_body_bytes", "Bytes of request bodies held, over all requests.")
+        self.requests_received = self._counter(
+            "reward_requests_received_total",
+            "Requests for scores, images and self-tests; always those with an outcome plus the active ones.",
+            ("endpoint",),
+        )
         self.requests = self._counter(
-            "reward_requests_total", "Scoring requests by outcome: ok, client_error, rejected, failed, cancelled.", ("endpoint", "outcome")
+            "reward_requests_total",
+            "Requests for scores, images and self-tests by outcome: ok, client_error, rejected, failed, cancelled.",
+            ("endpoint", "outcome"),
         )
         self.errors = self._counter("reward_errors_total", "Error answers by code.", ("endpoint", "code"))
 
     def _work(self) -> None:
-        self.items = self._counter(
-            "reward_items_total", "Captions by outcome: scored, null (no score, by itself), failed (with its request).", ("outcome",)
+        self.items_received = self._counter(
+            "reward_items_received_total", "Captions of requests that could be read; always those with an outcome plus the active ones."
         )
+        self.items_active = self._gauge("reward_active_items", "Captions received that have no outcome yet.")
+        self.items = self._counter(
+            "reward_items_total",
+            "Captions by outcome: scored, null (no score, by itself), client_error, rejected, failed, cancelled (as their request).",
+            ("outcome",),
+        )
+        self.wasted_items = self._counter("reward_wasted_items_total", "Captions computed for clients that had left or no longer waited.")
         self.scores = self._histogram("reward_score", "Scores sent.", _SCORES)
         self.group_stddev = self._histogram(
             "reward_group_score_stddev", "Spread of the scores of one group; none means no learning signal.", _SPREADS
@@ -51,6 +83,9 @@ class Metrics:
         self.batch_tokens = self._histogram("reward_batch_tokens", "Tokens computed in a batch.", _TOKENS)
         self.batches = self._counter("reward_batches_total", "Batches by outcome: ok, split, failed.", ("outcome",))
         self.out_of_memory = self._counter("reward_out_of_memory_total", "Batches that did not fit into the memory of the device.")
+        self.device_faults = self._counter(
+            "reward_device_faults_total", "Faults that end the process, by kind: sticky, hang, memory, died, drift.", ("kind",)
+        )
         self.device_busy = self._counter("reward_device_busy_seconds_total", "Time the device worked on batches; the rest it was idle.")
         self.tokens = self._counter(
             "reward_tokens_total", "Tokens by kind: requested (one forward a caption), computed, cached (known from earlier).", ("kind",)
@@ -60,11 +95,11 @@ class Metrics:
         )
         self.cache_lookups = self._counter("reward_cache_lookups_total", "Cache lookups.", ("cache", "result"))
         self.cache_audits = self._counter(
-            "reward_cache_audits_total", "Hits computed again by cache: features, prefixes, scores.", ("cache",)
+            "reward_cache_audits_total", "Hits computed again by cache: pixels, features, prefixes, scores.", ("cache",)
         )
         self.cache_audit_mismatches = self._counter(
             "reward_cache_audit_mismatches_total",
-            "Audited hits (features, prefixes, scores) that were not what is computed now; alert on any.",
+            "Audited hits (pixels, features, prefixes, scores) that were not what is computed now; alert on any.",
             ("cache",),
         )
 
@@ -74,7 +109,20 @@ class Metrics:
         self.queue_oldest_age = self._gauge("reward_queue_oldest_age_seconds", "Age of the job that waits longest for the device.")
         self.cache_bytes = self._gauge("reward_cache_bytes", "Memory a cache holds.", ("cache",))
         self.cache_entries = self._gauge("reward_cache_entries", "Entries a cache holds.", ("cache",))
-        self.golden_error = self._gauge("reward_golden_last_error", "Largest golden score error of the last self-test.")
+        self.heartbeat = self._gauge(
+            "reward_batcher_heartbeat_timestamp_seconds", "When both threads of the batch loop were last seen alive; alert when it is old."
+        )
+        self.draining = self._gauge("reward_draining", "1 from the signal to stop on.")
+        self.golden_error = self._gauge(
+            "reward_golden_last_error", "Largest golden score error when last looked at, by self-test or canary."
+        )
+        self.golden_drift = self._gauge(
+            "reward_golden_drift", "Score of a golden item when the canary last looked, minus what it must be.", ("case",)
+        )
+        self.golden_tolerance = self._gauge("reward_golden_tolerance", "What a golden score may differ by.")
+        self.golden_success = self._gauge(
+            "reward_golden_last_success_timestamp_seconds", "When the canary last found a golden score right; 0 while it is switched off."
+        )
         self.ready = self._gauge("reward_ready", "1 while golden scores match and nothing is draining.")
         self.model_info = self._gauge("reward_model_info", "What is loaded.", ("fingerprint", "base", "dtype", "device", "version"))
 

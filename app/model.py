@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from bisect import bisect_right
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -25,10 +28,19 @@ from app.errors import ArtifactInvalid
 from app.heads import LinearHead, load_head
 from app.machine import forget_pages, mapped_files
 from app.packing import Packed
+from app.varlen import choose, installed
 
 ENCODING_VERSION = "3"  # raise it whenever ids, pixels, packing, attention or pooling change
 _SCORING_LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "pillow")
 _UNUSED_BASE_KEYS = {"lm_head.weight"}
+# Names within a whole model, old (`visual`, `model`) and new (`model.visual`, `model.language_model`), to those within the backbone; the
+# first that matches counts. transformers 5.23 takes `model.visual` of a base for a part of the language model; peft knows none of them.
+_BACKBONE_NAMES = {
+    "qwen2_5_vl": {r"^model\.visual\.": "visual.", r"^model\.language_model\.": "language_model.", r"^model\.": "language_model."},
+    "qwen2": {r"^model\.": ""},
+}
+_PEFT_PREFIX = "base_model.model."
+_NUM_NAMED = 3  # keys that a refusal names
 SUPPORTED_FAMILIES = ("qwen2_5_vl", *TEXT_ONLY_FAMILIES)
 _MAX_REASON = 300  # characters of a library's own words
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base's weights as well
@@ -118,8 +130,12 @@ def load_model(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     lora: Literal["merged", "unmerged"] = "merged",
+    switches: Mapping[str, bool] | None = None,
 ) -> LoadedModel:
-    """Base, adapter if there is one, and head, every part checked against the others. Raises ArtifactInvalid naming the file at fault."""
+    """Base, adapter if there is one, and head, every part checked against the others. Raises ArtifactInvalid naming the file at fault.
+
+    `switches`: ways of computing that move the last digits of a score; those that are on are part of the fingerprint.
+    """
     place = torch.device(resolve_device(device))
     number = resolve_dtype(dtype, artifact.config.dtype, place)
     head = load_head(artifact.head_path, artifact.config.score_head_shape)
@@ -138,15 +154,26 @@ def load_model(
     _move(model, place)
     runtime = {"dtype": number, "device": place.type, "lora": lora if has_adapter else "none", "encoding": ENCODING_VERSION}
     runtime |= {name: version(name) for name in _SCORING_LIBRARIES}
+    runtime |= {name: "on" for name, is_on in (switches or {}).items() if is_on}
+    if place.type == "cuda":  # a CPU has one way of attention for each format
+        runtime |= {f"attention over {what}": way for what, way in attention_ways(model).items()}
     return LoadedModel(model, fingerprint(artifact, base_digest, runtime), number, str(place))
+
+
+def attention_ways(model: RewardModel) -> dict[str, str]:
+    """Which kernel of the serving forward computes attention over text, and over pictures, whose heads are of another size."""
+    backbone, there = model.backbone, installed(model.device.type)
+    heads = {"text": (backbone.language_model if model.takes_images else backbone).layers[0].self_attn.head_dim}
+    if model.takes_images:
+        heads["images"] = backbone.visual.blocks[0].attn.head_dim
+    return {name: choose(model.device.type, backbone.dtype, int(head_dim), there) for name, head_dim in heads.items()}
 
 
 def load_backbone(artifact: Artifact, dtype: torch.dtype) -> Any:
     """The base without language-model head, every weight accounted for."""
     path = artifact.base_path
     config = read_base_config(path)
-    for shard in sorted(path.glob("*.safetensors")):
-        _tensor_names(shard)
+    key_mapping = _key_mapping(path, config.model_type)
     try:
         backbone, info = AutoModel.from_pretrained(
             path,
@@ -156,14 +183,53 @@ def load_backbone(artifact: Artifact, dtype: torch.dtype) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            key_mapping=key_mapping,
             output_loading_info=True,
         )
     except Exception as error:  # whatever the libraries raise, the base is at fault
         raise ArtifactInvalid(f"{path}: base model cannot be loaded ({_reason(error)})") from None
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(map(str, set(map(_name, info.get(fault, ()))) - _UNUSED_BASE_KEYS)):
-            raise ArtifactInvalid(f"{path}: {len(found)} {fault.replace('_', ' ')} in the base weights, first {found[0]}")
+            raise ArtifactInvalid(f"{path}: {len(found)} {fault.replace('_', ' ')} in the base weights, first {_first(found)}")
     return backbone
+
+
+def _key_mapping(path: Path, family: str) -> dict[str, str] | None:
+    """What transformers must be told of the names in a base, None where it knows them itself. Raises ArtifactInvalid for double ones."""
+    names = [name for shard in _shards(path) for name in _tensor_names(shard)]
+    _refuse_doubles(path, [_backbone_name(name, family) for name in names])
+    return _BACKBONE_NAMES[family] if any(name.startswith("model.visual.") for name in names) else None
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files that transformers reads: the one whole file if there is one, else those the index names."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.exists() or not index.exists():
+        return [whole] if whole.exists() else sorted(path.glob("*.safetensors"))
+    try:
+        found = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise ArtifactInvalid(f"{index}: cannot be read as an index of weights") from None
+    return [path / str(name) for name in found]
+
+
+def _backbone_name(name: str, family: str) -> str:
+    """A weight's name within the backbone, whichever of its published names it has on disk."""
+    for pattern, replacement in _BACKBONE_NAMES[family].items():
+        renamed, matched = re.subn(pattern, replacement, name)
+        if matched:
+            return renamed
+    return name
+
+
+def _refuse_doubles(path: Path, names: Sequence[str]) -> None:
+    """One of two weights for the same place would be dropped, and nobody could say which."""
+    if double := sorted(name for name, times in Counter(names).items() if times > 1):
+        raise ArtifactInvalid(f"{path}: {len(double)} weights under two names, first {_first(double)}")
+
+
+def _first(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:_NUM_NAMED])
 
 
 def resolve_device(device: str) -> str:
@@ -284,7 +350,9 @@ def _with_adapter(backbone: Any, artifact: Artifact, *, merge: bool) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # a refusal in `_check_adapter`
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks transformers 5.23 so
-            peft_model = PeftModel.from_pretrained(backbone, str(path), adapter_name="default", is_trainable=False)
+            peft_model = PeftModel.from_pretrained(
+                backbone, str(path), adapter_name="default", is_trainable=False, key_mapping=_BACKBONE_NAMES[backbone.config.model_type]
+            )
     except Exception as error:
         raise ArtifactInvalid(f"{path}: adapter does not fit the base ({_reason(error)})") from None
     _check_adapter(peft_model, artifact.adapter_path / ADAPTER_WEIGHTS_NAME)
@@ -294,10 +362,13 @@ def _with_adapter(backbone: Any, artifact: Artifact, *, merge: bool) -> Any:
 
 def _check_adapter(peft_model: PeftModel, path: Path) -> None:
     """PEFT only warns about missing keys and says nothing of others; here each is a refusal."""
-    expected, found = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False)), set(_tensor_names(path))
-    for what, names in (("missing", expected - found), ("unexpected", found - expected)):
-        if names:
-            raise ArtifactInvalid(f"{path}: {len(names)} {what} adapter keys, first {min(names)}")
+    family = peft_model.get_base_model().config.model_type
+    names = [_PEFT_PREFIX + _backbone_name(name.removeprefix(_PEFT_PREFIX), family) for name in _tensor_names(path)]
+    _refuse_doubles(path, names)
+    expected, found = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False)), set(names)
+    for what, wrong in (("missing", expected - found), ("unexpected", found - expected)):
+        if wrong:
+            raise ArtifactInvalid(f"{path}: {len(wrong)} {what} adapter keys, first {_first(wrong)}")
     strange = [name for name in expected if not name.endswith(_LORA_KEYS)]
     layers = [module for module in peft_model.modules() if isinstance(module, LoraLayer)]
     if strange or any(type(layer) is not LoraLinear or layer.lora_variant for layer in layers):

@@ -33,6 +33,8 @@ def remote_selftest(url: str, key: str | None) -> dict[str, Any]:
 
 def _send(method: str, url: str, route: str, key: str | None, *, accept: int | None = None, **arguments: Any) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
+    if not url.startswith(("http://", "https://")):
+        raise ApiError(f"{url} is no address; it begins with http:// or https://", code="bad_url")
     try:
         answer = httpx.request(method, url.rstrip("/") + route, headers=headers, timeout=TIMEOUT_S, **arguments)
         body = answer.json()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -22,7 +22,7 @@ from app.metrics import Metrics
 _Features = TypeVar("_Features")
 _KeysValues = TypeVar("_KeysValues")
 Key = tuple[str, bytes]  # (image id, prompt digest)
-_MIN_LEAD = 8  # tokens: fewer are not worth a call of attention in every layer
+_MIN_LEAD = 8  # tokens: to save, or to lengthen a kept prefix by, fewer is not worth a call of attention in every layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Share(Generic[_Features, _KeysValues]):
     prefix_ids: Ids
     rows: tuple[Ids, ...]  # whole; each begins with the prefix
     image: EncodedImage | None
-    features: _Features | None  # of the image; None without one, or where the kept prefix holds it already
+    features: _Features | None  # of the image; None without one, or where the kept prefix or the lead holds it already
     kept: KeptPrefix[_KeysValues] | None
     lead: KeptPrefix[_KeysValues] | None = None  # of the first ids of a prefix that is not kept
 
@@ -56,7 +56,7 @@ class Share(Generic[_Features, _KeysValues]):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer(Generic[_KeysValues]):
+class Computed(Generic[_KeysValues]):
     """A share's scores, in the order of its rows, and its prefix to be kept."""
 
     scores: tuple[float, ...]
@@ -64,11 +64,15 @@ class Answer(Generic[_KeysValues]):
 
 
 class Backend(Protocol[_Features, _KeysValues]):
-    """What computes. Called from one thread."""
+    """What computes. Called from one thread, but for `stage`."""
 
-    def image_features(self, image: EncodedImage) -> _Features: ...
+    def stage(self, image: EncodedImage) -> Any:
+        """Send a picture's pixels ahead, for `image_features` to find. Called from the thread that prepares; raises OutOfMemory."""
 
-    def forward(self, shares: Sequence[Share[_Features, _KeysValues]]) -> list[Answer[_KeysValues]]: ...
+    def image_features(self, image: EncodedImage, staged: Any | None) -> _Features:
+        """`staged`: what `stage` gave for this picture; None where it was not asked or had no room."""
+
+    def forward(self, shares: Sequence[Share[_Features, _KeysValues]]) -> list[Computed[_KeysValues]]: ...
 
     def agree(self, first: Any, second: Any, *, exact: bool) -> bool:
         """Whether features, or keys and values, computed twice are the same: bit for bit, or but for rounding."""
@@ -96,12 +100,13 @@ class _Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class PreparedBatch:
     """Groups made ready for the device: what is distinct in them, and where each caption finds its score."""
 
     groups: tuple[EncodedGroup, ...]
     parts: tuple[_Part, ...]
     places: tuple[tuple[tuple[int, int], ...], ...]  # for each group, part and row of each caption
+    staged: dict[str, Any]  # by image id, pictures on their way to the device; whoever takes one takes it out
 
 
 @dataclass(slots=True)
@@ -112,6 +117,17 @@ class _Outcome:
     is_known: list[bool]
     num_prefix: int
     num_new_prefix: int = 0  # of these tokens, how many were computed now
+    num_elsewhere: int = 0  # of these tokens, how many another part of the batch pays for
+
+
+@dataclass(slots=True)
+class _AtHand(Generic[_Features, _KeysValues]):
+    """What belongs to the batch on the device alone."""
+
+    staged: dict[str, Any] = field(default_factory=dict)
+    made: dict[str, _Features] = field(default_factory=dict)  # pictures computed in it
+    made_lead: KeptPrefix[_KeysValues] | None = None  # computed in it
+    is_doubtful: bool = False  # whether it found something wrong
 
 
 class ReusingScorer(Generic[_Features, _KeysValues]):
@@ -136,18 +152,19 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         """`lead_ids`: what every group of this model begins with, before its image and prompt; computed once."""
         self._lead_ids = lead_ids if lead_ids is not None and len(lead_ids) >= _MIN_LEAD else None
         self._lead: KeptPrefix[_KeysValues] | None = None
-        self._made_lead: KeptPrefix[_KeysValues] | None = None  # computed in the batch at hand
-        self._is_doubtful = False  # whether the batch at hand found something wrong
+        self._at_hand: _AtHand[_Features, _KeysValues] = _AtHand()
         self._backend = backend
         self._caches = caches
         self._fingerprint = fingerprint
         self._deterministic = deterministic
-        self._made: dict[str, _Features] = {}  # pictures computed in the batch at hand
         self._score_tolerance = 0.0 if deterministic else score_tolerance
         self._audits = {name: Audit(name, audit_every, metrics) for name in ("features", "prefixes", "scores")}
 
-    def prepare(self, groups: Sequence[EncodedGroup]) -> Batch:
-        """Find what is distinct. The order is the content's own: the same captions give the same bits whichever is named first."""
+    def prepare(self, groups: Sequence[EncodedGroup]) -> PreparedBatch:
+        """Find what is distinct, and send ahead the pictures that are not known yet.
+
+        The order is the content's own: the same captions give the same bits whichever is named first.
+        """
         names = _names_alone(groups) if self._deterministic else _names_together(groups)
         distinct: dict[_Name, dict[bytes, Ids]] = {}
         image_of: dict[_Name, EncodedImage | None] = {}
@@ -165,38 +182,62 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
             tuple(place[name, row.tobytes()] for row, name in zip(group.rows, own, strict=True))
             for group, own in zip(groups, names, strict=True)
         )
-        return Batch(tuple(groups), tuple(parts), places)
+        return PreparedBatch(tuple(groups), tuple(parts), places, self._staged(parts))
 
-    def score(self, prepared: Batch) -> list[Scores]:
+    def score(self, prepared: PreparedBatch) -> list[Scores]:
         """Scores of every group, in order. Nothing is kept of a part with a score that is not finite.
 
         Raises OutOfMemory, after it gave up what it kept on the device: the caller's smaller batches may need the room.
         """
+        self._at_hand = _AtHand(prepared.staged)
         try:
-            return self._score(prepared)
+            scores = self._score(prepared)
+            if self._at_hand.is_doubtful:  # what was made of something wrong is wrong as well, in this very batch
+                self.forget()
+                self._at_hand = _AtHand(prepared.staged)
+                scores = self._score(prepared)
+            return scores
         except OutOfMemory:
             self._forget_device()
             raise
         finally:
-            self._made, self._made_lead = {}, None
-            if self._is_doubtful:  # what was made of something wrong is wrong as well
-                self._is_doubtful = False
-                self._forget_device()
-                self._caches.scores.clear()
+            if self._at_hand.is_doubtful:
+                self.forget()
+            prepared.staged.clear()
+            self._at_hand = _AtHand()
+
+    def forget(self) -> None:
+        """Something that was kept is wrong, or what it was made of: keep nothing. Safe across threads."""
+        self._forget_device()
+        self._caches.scores.clear()
 
     def _forget_device(self) -> None:
         self._lead = None
         self._caches.prefixes.clear()
         self._caches.features.clear()
 
-    def _score(self, prepared: Batch) -> list[Scores]:
+    def _score(self, prepared: PreparedBatch) -> list[Scores]:
         outcomes = [self._known(part) for part in prepared.parts]
         missing = [index for index, outcome in enumerate(outcomes) if not all(outcome.is_known)]
         todo = [self._share(prepared.parts[index], outcomes[index]) for index in missing]
-        answers = self._computed([share for share, _ in todo])
-        for index, (share, doubted), answer in zip(missing, todo, answers, strict=True):
-            self._learn(prepared.parts[index], outcomes[index], share, doubted, answer)
+        results = self._computed([share for share, _ in todo])
+        for index, (share, doubted), computed in zip(missing, todo, results, strict=True):
+            self._learn(prepared.parts[index], outcomes[index], share, doubted, computed)
         return _Bill(prepared, outcomes).scores()
+
+    def _staged(self, parts: Sequence[_Part]) -> dict[str, Any]:
+        """Pictures on their way to the device by the time it wants them. Where there is no room they wait on the host instead."""
+        images = {part.image.image_id: part.image for part in parts if part.image is not None and self._is_to_be_seen(part, part.image)}
+        try:
+            return {image_id: self._backend.stage(image) for image_id, image in images.items()}
+        except OutOfMemory:
+            return {}
+
+    def _is_to_be_seen(self, part: _Part, image: EncodedImage) -> bool:
+        """As far as is known now: what is kept may be gone by the time of the batch, or have come. Counts as no lookup."""
+        caches = self._caches
+        is_kept = caches.prefixes.holds(part.key) or caches.features.holds(self._image_key(image))
+        return part.fresh or not (is_kept or all(map(caches.scores.holds, part.score_keys)))
 
     def _part(self, name: _Name, image: EncodedImage | None, rows: Sequence[Ids]) -> _Part:
         image_id, prompt = name.key
@@ -228,7 +269,7 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         if part.fresh:
             outcome.num_new_prefix = len(part.prefix_ids)
             features = self._made_now(part.image) if part.image is not None else None
-            return Share(part.prefix_ids, rows, part.image, features, None, self._fresh_lead(part)), None
+            return Share(part.prefix_ids, rows, part.image, features, None, self._fresh_lead(part, outcome)), None
         kept = self._caches.prefixes.get(part.key)
         if kept is not None and not kept.fits(part.prefix_ids):
             self._audits["prefixes"].record(agrees=False, what="of other ids")
@@ -237,37 +278,53 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         if kept is not None and self._audits["prefixes"].is_due():
             kept, doubted = None, kept
         if kept is not None:
-            return Share(part.prefix_ids, rows, part.image, None, kept), None
+            return self._behind(part, rows, kept, outcome), None
         outcome.num_new_prefix = len(part.prefix_ids)
         features = self._features(part.image) if part.image is not None else None
-        lead = self._lead_of(part, outcome) if doubted is None else self._fresh_lead(part)  # an audit doubts the beginning, too
+        lead = self._lead_of(part, outcome) if doubted is None else self._fresh_lead(part, outcome)  # an audit doubts the beginning, too
         return Share(part.prefix_ids, rows, part.image, features, None, lead), doubted
+
+    def _behind(
+        self, part: _Part, rows: tuple[Ids, ...], kept: KeptPrefix[_KeysValues], outcome: _Outcome
+    ) -> Share[_Features, _KeysValues]:
+        """Rows behind a kept prefix; one that is much too short is lengthened first, or it would stay so for all who come later.
+
+        Never where bits must not depend on what is kept: there a key holds the length of its prefix.
+        """
+        num_missing = len(part.prefix_ids) - len(kept.ids)
+        if num_missing < _MIN_LEAD:
+            return Share(part.prefix_ids, rows, part.image, None, kept)
+        outcome.num_new_prefix = num_missing
+        return Share(part.prefix_ids, rows, part.image, None, None, lead=kept)
 
     def _lead_of(self, part: _Part, outcome: _Outcome) -> KeptPrefix[_KeysValues] | None:
         """What is known of the beginning of a prefix. Whoever asks first pays for it."""
         if self._lead is not None and self._begins_with_lead(part):
             outcome.num_new_prefix -= len(self._lead.ids)
             return self._lead
-        return self._fresh_lead(part)
+        return self._fresh_lead(part, outcome)
 
-    def _fresh_lead(self, part: _Part) -> KeptPrefix[_KeysValues] | None:
+    def _fresh_lead(self, part: _Part, outcome: _Outcome) -> KeptPrefix[_KeysValues] | None:
         """The beginning computed in this batch, once; a kept one is held against it."""
         if self._lead_ids is None or not self._begins_with_lead(part):
             return None
-        if self._made_lead is None:
-            (answer,) = self._backend.forward([Share(self._lead_ids, (), None, None, None)])
-            self._made_lead = answer.prefix
+        if self._at_hand.made_lead is None:
+            (computed,) = self._backend.forward([Share(self._lead_ids, (), None, None, None)])
+            self._at_hand.made_lead = computed.prefix
             if self._lead is not None:
-                self._compare("prefixes", self._lead.keys_values, answer.prefix.keys_values)
-        return self._made_lead
+                self._compare("prefixes", self._lead.keys_values, computed.prefix.keys_values)
+        else:
+            outcome.num_elsewhere = len(self._lead_ids)
+            outcome.num_new_prefix -= len(self._lead_ids)
+        return self._at_hand.made_lead
 
     def _begins_with_lead(self, part: _Part) -> bool:
         ids = self._lead_ids
         return ids is not None and len(part.prefix_ids) > len(ids) and np.array_equal(part.prefix_ids[: len(ids)], ids)
 
     def _features(self, image: EncodedImage) -> _Features:
-        if image.image_id in self._made:
-            return self._made[image.image_id]
+        if image.image_id in self._at_hand.made:
+            return self._at_hand.made[image.image_id]
         kept = self._caches.features.get(self._image_key(image))
         if kept is not None and not self._audits["features"].is_due():
             return kept
@@ -278,26 +335,27 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
 
     def _made_now(self, image: EncodedImage) -> _Features:
         """Computed in this batch, once however many prompts ask about the picture."""
-        if image.image_id not in self._made:
-            self._made[image.image_id] = self._backend.image_features(image)
-        return self._made[image.image_id]
+        made = self._at_hand.made
+        if image.image_id not in made:
+            made[image.image_id] = self._backend.image_features(image, self._at_hand.staged.pop(image.image_id, None))
+        return made[image.image_id]
 
     def _image_key(self, image: EncodedImage) -> str:
         return f"{self._fingerprint}:{image.image_id}"
 
-    def _computed(self, shares: Sequence[Share[_Features, _KeysValues]]) -> list[Answer[_KeysValues]]:
+    def _computed(self, shares: Sequence[Share[_Features, _KeysValues]]) -> list[Computed[_KeysValues]]:
         if not self._deterministic:
             return self._backend.forward(shares) if shares else []
         return [self._computed_alone(share) for share in shares]
 
-    def _computed_alone(self, share: Share[_Features, _KeysValues]) -> Answer[_KeysValues]:
+    def _computed_alone(self, share: Share[_Features, _KeysValues]) -> Computed[_KeysValues]:
         """The prefix by itself, unless there is none, then row after row by itself."""
         prefix = share.kept
         if prefix is None and share.num_prefix:
-            (answer,) = self._backend.forward([replace(share, rows=())])
-            prefix = answer.prefix
-        answers = [self._backend.forward([replace(share, rows=(row,), features=None, kept=prefix)])[0] for row in share.rows]
-        return Answer(tuple(score for answer in answers for score in answer.scores), prefix or answers[-1].prefix)
+            (alone,) = self._backend.forward([replace(share, rows=())])
+            prefix = alone.prefix
+        each = [self._backend.forward([replace(share, rows=(row,), features=None, kept=prefix)])[0] for row in share.rows]
+        return Computed(tuple(score for computed in each for score in computed.scores), prefix or each[-1].prefix)
 
     def _learn(
         self,
@@ -305,21 +363,21 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         outcome: _Outcome,
         share: Share[_Features, _KeysValues],
         doubted: KeptPrefix[_KeysValues] | None,
-        answer: Answer[_KeysValues],
+        computed: Computed[_KeysValues],
     ) -> None:
         """Take the scores over, compare what was doubted, keep what is sound."""
-        if len(answer.scores) != len(share.rows):
-            raise RuntimeError(f"the model returned {len(answer.scores)} scores for {len(share.rows)} rows")
-        sound = all(map(math.isfinite, answer.scores)) and not part.fresh
+        if len(computed.scores) != len(share.rows):
+            raise RuntimeError(f"the model returned {len(computed.scores)} scores for {len(share.rows)} rows")
+        sound = all(map(math.isfinite, computed.scores)) and not part.fresh
         if doubted is not None:
-            self._compare("prefixes", doubted.keys_values, answer.prefix.keys_values)
+            self._compare("prefixes", doubted.keys_values, computed.prefix.keys_values)
         if share.kept is None:
             if sound:
-                self._keep(part, share, answer.prefix)
-                self._lead = self._made_lead or self._lead
+                self._keep(part, share, computed.prefix)
+                self._lead = self._at_hand.made_lead or self._lead
         else:
             outcome.num_prefix = min(outcome.num_prefix, len(share.kept.ids))
-        fresh = iter(answer.scores)
+        fresh = iter(computed.scores)
         for index, (key, known) in enumerate(zip(part.score_keys, outcome.is_known, strict=True)):
             if not known:
                 self._take(outcome, index, key, next(fresh), sound=sound)
@@ -333,13 +391,14 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
     def _compare(self, cache: str, kept: Any, fresh: Any) -> None:
         agrees = self._backend.agree(kept, fresh, exact=self._deterministic)
         self._audits[cache].record(agrees=agrees)
-        self._is_doubtful |= not agrees
+        self._at_hand.is_doubtful |= not agrees
 
     def _take(self, outcome: _Outcome, index: int, key: str, score: float, *, sound: bool) -> None:
         kept = outcome.scores[index]
         if kept is not None and math.isfinite(score):
             agrees = abs(kept - score) <= self._score_tolerance * max(1.0, abs(kept))
             self._audits["scores"].record(agrees=agrees, what=f"{kept} was kept, {score} is computed now")
+            score = kept if agrees else score  # looking again must not change an answer: equal captions keep equal bits
         outcome.scores[index] = score
         if sound:
             self._caches.scores.put(key, score)
@@ -369,7 +428,7 @@ def _names_alone(groups: Sequence[EncodedGroup]) -> list[list[_Name]]:
 class _Bill:
     """Who pays for what: a prefix and a row count for the first group that asked for them."""
 
-    def __init__(self, batch: Batch, outcomes: Sequence[_Outcome]) -> None:
+    def __init__(self, batch: PreparedBatch, outcomes: Sequence[_Outcome]) -> None:
         self._batch = batch
         self._outcomes = outcomes
         self._paid: set[tuple[int, int | None]] = set()
@@ -392,7 +451,7 @@ class _Bill:
         """Tokens of a prefix (None) or of a row behind it, and how many of them were computed now."""
         outcome = self._outcomes[part]
         if row is None:
-            return outcome.num_prefix, outcome.num_new_prefix
+            return outcome.num_prefix - outcome.num_elsewhere, outcome.num_new_prefix
         num_tokens = len(self._batch.parts[part].rows[row]) - outcome.num_prefix
         return num_tokens, 0 if outcome.is_known[row] else num_tokens
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from app import startcheck
 from app.artifacts import Artifact, Golden, GoldenItem
-from app.errors import ArtifactInvalid
+from app.errors import ApiError, ArtifactInvalid
+from app.golden import GoldenCase, GoldenInput, encode_captions, tolerance_of
+from app.images import ImageLimits
 from app.metrics import Metrics
 from app.service import GroupRequest, ScoringService
+from app.startcheck import Finding, Scored
+
+if TYPE_CHECKING:
+    from app.encoding import Encoder
 
 TIMEOUT_S = 600.0
 _PROBE_CAPTIONS = ("A short one.", "Something else entirely, and at more length.", "A short one.")
@@ -34,46 +42,84 @@ class SelfTestReport:
 
 
 class SelfTest:
-    """Runs the artifact's golden items through a service."""
+    """Runs the artifact's golden items through a service. Their pictures are held: nothing depends on the folder any more."""
 
     def __init__(self, artifact: Artifact, dtype: Literal["float32", "bfloat16"], service: ScoringService, metrics: Metrics) -> None:
-        self._artifact = artifact
-        self._golden = artifact.golden()
+        self.golden = artifact.golden()
+        self.pictures = _pictures(artifact, self.golden) if self.golden else [_probe_picture() if service.takes_images else None]
         self._dtype = dtype
         self._service = service
         self._metrics = metrics
+        self.scored: tuple[Scored, ...] = ()  # by the last run, one an item
+        self.findings: tuple[Finding, ...] = ()
+
+    @property
+    def asked(self) -> Sequence[GoldenItem | GoldenInput]:
+        """What is scored: the golden items, or the probe."""
+        return self.golden.items if self.golden else [GoldenInput(None, _PROBE_CAPTIONS)]
+
+    @property
+    def tolerance(self) -> float:
+        """What a score may differ by from one run to the next. Of the probe's scores after a run."""
+        return (self.golden.tolerance if self.golden else self._probe_tolerance())[self._dtype]
+
+    @property
+    def least(self) -> float:
+        """What is more than nothing, in whichever format."""
+        return self.golden.tolerance["float32"] if self.golden else 0.0
+
+    def cases(self, encoder: Encoder, limits: ImageLimits) -> list[GoldenCase]:
+        """The items as the device sees them, with golden scores, or those of the probe's last run. Raises ArtifactInvalid."""
+        expected = [item.scores for item in self.golden.items] if self.golden else [item.found for item in self.scored]
+        asked = zip(self.asked, self.pictures, expected, strict=True)
+        return [
+            GoldenCase(number, encode_captions(encoder, item, data, f"golden item {number}", limits), tuple(scores))
+            for number, (item, data, scores) in enumerate(asked)
+        ]
 
     async def run(self) -> SelfTestReport:
         """Score and compare. Raises ApiError when scoring itself fails."""
-        report = await (self._probe() if self._golden is None else self._compare(self._golden))
+        found = [await self._score(item, data) for item, data in zip(self.asked, self.pictures, strict=True)]
+        report = self._probed(found[0]) if self.golden is None else self._compared(self.golden, found)
         self._metrics.golden_error.set(report.max_error)
+        self._metrics.golden_tolerance.set(self.tolerance)
         return report
 
-    async def _compare(self, golden: Golden) -> SelfTestReport:
-        errors: list[float] = []
-        for item in golden.items:
-            scores = await self._score(self._request(item))
-            errors += [abs(found - expected) for found, expected in zip(scores, item.scores, strict=True)]
-        worst, tolerance = max(errors), golden.tolerance[self._dtype]
-        passed = worst <= tolerance
-        message = f"{len(errors)} golden scores, largest difference {worst:.2e}, tolerance {tolerance:.0e}"
-        return SelfTestReport(passed, "golden", len(errors), worst, tolerance, message)
+    def failed(self, error: ApiError) -> SelfTestReport:
+        """The report of a run that raised."""
+        kind: Literal["golden", "probe"] = "golden" if self.golden else "probe"
+        return SelfTestReport(False, kind, 0, 0.0, self.tolerance, f"could not score ({error.code}: {error.message})")
 
-    async def _probe(self) -> SelfTestReport:
+    def _compared(self, golden: Golden, found: Sequence[tuple[float, ...]]) -> SelfTestReport:
+        tolerance = golden.tolerance[self._dtype]
+        scored = self.scored = tuple(Scored(tuple(item.scores), scores) for item, scores in zip(golden.items, found, strict=True))
+        self.findings = startcheck.of_scores(scored, tolerance, self.least)
+        fault = next((finding for finding in self.findings if not finding.passed), None)
+        errors = [abs(here - there) for item in scored for here, there in zip(item.found, item.expected, strict=True)]
+        message = self.findings[0].message if fault is None else str(fault)
+        return SelfTestReport(fault is None, "golden", len(errors), max(errors), tolerance, message)
+
+    def _probed(self, found: tuple[float, ...]) -> SelfTestReport:
         """Without golden scores: equal captions must score equal bits, different ones must differ."""
-        request = GroupRequest(_PROBE_CAPTIONS, image=_probe_picture() if self._service.takes_images else None, fresh=True)
-        first, other, again = await self._score(request)
-        passed = first == again and first != other
-        message = "no golden scores in the artifact; `punchline convert` adds them" if passed else "the model ignores its captions"
-        return SelfTestReport(passed, "probe", len(_PROBE_CAPTIONS), abs(first - again), 0.0, message)
+        self.scored = (Scored(found, found),)
+        first, _, again = found
+        matter = startcheck.captions_matter(self.scored, 0.0)
+        self.findings = (startcheck.bits(first, again), matter)
+        fault = next((finding for finding in self.findings if not finding.passed), None)
+        message = str(fault) if fault else "no golden scores in the artifact; `punchline convert` adds them"
+        return SelfTestReport(fault is None, "probe", len(_PROBE_CAPTIONS), abs(first - again), 0.0, message)
 
-    async def _score(self, request: GroupRequest) -> list[float]:
-        result = (await self._service.score([request], timeout_s=TIMEOUT_S))[0]
-        return [score for score in result.scores if score is not None]
+    def _probe_tolerance(self) -> dict[Literal["float32", "bfloat16"], float]:
+        return tolerance_of([score for item in self.scored for score in item.found] or [0.0])
 
-    def _request(self, item: GoldenItem) -> GroupRequest:
-        image = None if item.image is None else read_golden_image(self._artifact, item.image)
-        return GroupRequest(tuple(item.captions), image=image, prompt=item.prompt, fresh=True)
+    async def _score(self, item: GoldenItem | GoldenInput, data: bytes | None) -> tuple[float, ...]:
+        request = GroupRequest(tuple(item.captions), image=data, prompt=item.prompt, fresh=True)
+        result = (await self._service.score([request], timeout_s=TIMEOUT_S, counted=False))[0]
+        return tuple(score for score in result.scores if score is not None)
+
+
+def _pictures(artifact: Artifact, golden: Golden) -> list[bytes | None]:
+    return [None if item.image is None else read_golden_image(artifact, item.image) for item in golden.items]
 
 
 def read_golden_image(artifact: Artifact, name: str) -> bytes:

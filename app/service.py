@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from app.batching import Admission, Batcher, Reservation
+from app.admission import Admission, Reservation
+from app.batching import Batcher
 from app.caches import Audit, ByteBoundedCache
 from app.contracts import EncodedGroup, EncodedImage, Explanation, Group, GroupEncoder, Job
 from app.errors import ApiError, DeadlineExceeded, ImageUnknown, InvalidRequest, ItemRejected, RequestError, TooManyTokens, Unavailable
 from app.images import ImageLimits, decode_image, image_id, probe_image, read_image_field
-from app.metrics import Metrics
+from app.metrics import CLIENT_GONE, Metrics, outcome_of
 from app.planning import split_group
 
 if TYPE_CHECKING:
@@ -99,7 +100,9 @@ class ScoringService:
         max_batch_tokens: int,
         metrics: Metrics,
         audit_every: int = 0,
+        forget: Callable[[], None] = lambda: None,
     ) -> None:
+        """`forget`: called when kept pixels were wrong; whatever was made of them must go as well."""
         self._config = config
         self._encoder = encoder
         self._batcher = batcher
@@ -110,6 +113,7 @@ class ScoringService:
         self._pool = pool
         self._max_batch_tokens = max_batch_tokens
         self._metrics = metrics
+        self._forget = forget
         self._pixel_audit = Audit("pixels", audit_every, metrics)
 
     async def score(
@@ -120,15 +124,28 @@ class ScoringService:
         on_item_error: OnItemError = "fail",
         explain: bool = False,
         timing: Timing | None = None,
+        counted: bool = True,
     ) -> list[GroupResult]:
         """Score every group, in order.
 
         All or nothing by default: the first caption that cannot be scored raises its ItemRejected. With "null" such a caption
-        gets None and its error. Raises ApiError; DeadlineExceeded after `timeout_s` seconds.
+        gets None and its error. Raises ApiError; DeadlineExceeded after `timeout_s` seconds. What is not `counted` is nobody's:
+        golden captions are in no count of captions and in no distribution of scores.
         """
-        timing = timing or Timing()
+        work = self._score(requests, timeout_s, on_item_error, explain, timing or Timing())
+        if not counted:
+            return await work
+        with self._receiving(sum(len(request.captions) for request in requests)):
+            results = await work
+            for result in results:
+                self._observe(result.scores)
+        return results
+
+    async def _score(
+        self, requests: Sequence[GroupRequest], timeout_s: float, on_item_error: OnItemError, explain: bool, timing: Timing
+    ) -> list[GroupResult]:
         num_captions = sum(len(request.captions) for request in requests)
-        with self._counting_failures(num_captions), self._admission.reserve(num_captions) as reservation, _deadline_named():
+        with self._admission.reserve(num_captions) as reservation, _deadline_named():
             deadline = time.monotonic() + timeout_s
             async with asyncio.timeout(timeout_s):
                 prepared = await self._prepare_all(requests, reservation, timing, explain)
@@ -136,17 +153,32 @@ class ScoringService:
                     _raise_first(requests, prepared)
                 jobs = await self._run(prepared, deadline)
         _note_times(jobs, timing)
-        return [self._result(group, own) for group, own in zip(prepared, jobs, strict=True)]
+        return [_result(group, own) for group, own in zip(prepared, jobs, strict=True)]
+
+    @contextmanager
+    def refusing(self, num_captions: int) -> Iterator[None]:
+        """For what is looked at before scores are asked for: captions that are refused there were received all the same."""
+        try:
+            yield
+        except ApiError as error:
+            self._metrics.items_received.inc(num_captions)
+            self._metrics.items.labels(outcome_of(error.status)).inc(num_captions)
+            raise
 
     @property
     def takes_images(self) -> bool:
         return self._encoder.takes_images
 
-    async def add_image(self, data: bytes) -> StoredImage:
-        """Check, keep and prepare an image so that requests can name it by id. Raises ImageRejected and its kin."""
+    async def add_image(self, data: bytes, *, timeout_s: float) -> StoredImage:
+        """Check, keep and prepare an image so that requests can name it by id. It waits for an encode thread like a caption.
+
+        Raises ImageRejected and its kin, Overloaded, DeadlineExceeded after `timeout_s` seconds.
+        """
         if not self.takes_images:
             raise InvalidRequest("this model takes no image", field="image")
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._add_image, data)
+        with self._naming_refusals(), self._admission.reserve(1), _deadline_named():
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.get_running_loop().run_in_executor(self._pool, self._add_image, data)
 
     def _add_image(self, data: bytes) -> StoredImage:
         width, height = probe_image(data, self._limits)
@@ -154,14 +186,28 @@ class ScoringService:
         return StoredImage(encoded.image_id, width, height, encoded.num_tokens)
 
     @contextmanager
-    def _counting_failures(self, num_captions: int) -> Iterator[None]:
-        """Every caption is counted once: here when its request gets no scores, else with its score."""
+    def _receiving(self, num_captions: int) -> Iterator[None]:
+        """Every caption is counted once: here when its request gets no scores, else with its score.
+
+        Between two turns of the event loop, where metrics are read, received = those with an outcome + active.
+        """
+        self._metrics.items_received.inc(num_captions)
+        self._metrics.items_active.inc(num_captions)
+        try:
+            with self._naming_refusals():
+                yield
+        except BaseException as error:
+            self._metrics.items.labels(outcome_of(_status(error))).inc(num_captions)
+            raise
+        finally:
+            self._metrics.items_active.dec(num_captions)
+
+    @contextmanager
+    def _naming_refusals(self) -> Iterator[None]:
         try:
             yield
-        except BaseException as error:
-            self._metrics.items.labels("failed").inc(num_captions)
-            if isinstance(error, Unavailable):
-                self._metrics.rejected.labels(error.code).inc()
+        except Unavailable as error:
+            self._metrics.rejected.labels(error.code).inc()
             raise
 
     async def _run(self, prepared: Sequence[_Prepared], deadline: float) -> list[list[Job]]:
@@ -232,8 +278,11 @@ class ScoringService:
         if data is None:
             return known
         fresh = self._decoded(data)
-        self._pixel_audit.record(agrees=np.array_equal(known.patches, fresh.patches))
+        agrees = np.array_equal(known.patches, fresh.patches)
+        self._pixel_audit.record(agrees=agrees)
         self._pixel_cache.put(name, fresh)
+        if not agrees:
+            self._forget()
         return fresh
 
     def _decoded(self, data: bytes) -> EncodedImage:
@@ -257,22 +306,6 @@ class ScoringService:
         except ValueError as error:
             raise TooManyTokens(str(error)) from None
 
-    def _result(self, prepared: _Prepared, jobs: Sequence[Job]) -> GroupResult:
-        done = [job.future.result() for job in jobs]
-        values = iter([value for scores in done for value in scores.values])
-        scores = tuple(next(values) if error is None else None for error in prepared.errors)
-        self._observe(scores)
-        return GroupResult(
-            scores=scores,
-            errors=prepared.errors,
-            image_id=prepared.image_id,
-            num_tokens=sum(item.num_tokens for item in done),
-            num_computed_tokens=sum(item.num_computed_tokens for item in done),
-            num_cached_tokens=sum(item.num_cached_tokens for item in done),
-            truncated_prompt=any(piece.truncated_prompt for piece in prepared.pieces),
-            explanation=prepared.explanation,
-        )
-
     def _observe(self, scores: Sequence[float | None]) -> None:
         found = [score for score in scores if score is not None]
         self._metrics.items.labels("scored").inc(len(found))
@@ -281,6 +314,28 @@ class ScoringService:
             self._metrics.scores.observe(score)
         if len(found) > 1:
             self._metrics.group_stddev.observe(statistics.pstdev(found))
+
+
+def _status(error: BaseException) -> int:
+    """What the client gets of it; whoever cancels waits no more."""
+    if isinstance(error, asyncio.CancelledError):
+        return CLIENT_GONE
+    return error.status if isinstance(error, ApiError) else ApiError.status
+
+
+def _result(prepared: _Prepared, jobs: Sequence[Job]) -> GroupResult:
+    done = [job.future.result() for job in jobs]
+    values = iter([value for scores in done for value in scores.values])
+    return GroupResult(
+        scores=tuple(next(values) if error is None else None for error in prepared.errors),
+        errors=prepared.errors,
+        image_id=prepared.image_id,
+        num_tokens=sum(item.num_tokens for item in done),
+        num_computed_tokens=sum(item.num_computed_tokens for item in done),
+        num_cached_tokens=sum(item.num_cached_tokens for item in done),
+        truncated_prompt=any(piece.truncated_prompt for piece in prepared.pieces),
+        explanation=prepared.explanation,
+    )
 
 
 def _raise_first(requests: Sequence[GroupRequest], prepared: Sequence[_Prepared]) -> None:
@@ -309,7 +364,7 @@ def _deadline_named() -> Iterator[None]:
     try:
         yield
     except TimeoutError:
-        raise DeadlineExceeded("the deadline passed before every score was there") from None
+        raise DeadlineExceeded("the deadline passed before the work was done") from None
 
 
 @contextmanager

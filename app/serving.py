@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import os
 import shlex
-import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -18,66 +17,48 @@ from fastapi import FastAPI
 from app import __version__
 from app.api import create_app
 from app.api.card import Card
-from app.errors import SettingsInvalid
+from app.connections import guarded_config
+from app.draining import DrainingServer, bind
+from app.errors import ScoringFailed
 from app.main import Runtime, running
+from app.model import attention_ways
+from app.proof import address_of, prove_over_http
 from app.selftest import SelfTestReport
 from app.settings import Settings
 
 log = logging.getLogger("punchline")
-_EVERYWHERE = {"0.0.0.0", "::"}  # noqa: S104 (recognised, not chosen)
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "pillow", "fastapi")
 
 
 async def serve(settings: Settings) -> None:
-    """Load, self-test, then listen until told to stop; every accepted request is answered. Raises StartRefused."""
+    """Load, self-test, then listen until told to stop; every accepted request is answered.
+
+    Raises StartRefused, and DeviceBroken when nothing can be computed any more.
+    """
     listener = bind(settings)
     try:
         async with running(settings) as runtime:
-            config = uvicorn.Config(
-                application(runtime),
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=settings.keep_alive_s,
-                timeout_graceful_shutdown=settings.drain_s,
+            runtime.awaits_proof = True
+            server = DrainingServer(
+                config_of(runtime),
+                runtime.batcher,
+                notice_s=settings.drain_notice_s,
+                drain_s=settings.drain_s,
+                begin=runtime.begin_drain,
+                prove=lambda taken: prove_over_http(runtime, taken),
+                announce=lambda taken: _announce(runtime, taken),
             )
-            await _Server(config, runtime).serve(sockets=[listener])
+            await server.serve(sockets=[listener])
+            if server.fault is not None:
+                raise server.fault
     finally:
         listener.close()
 
 
-class _Server(uvicorn.Server):
-    """uvicorn with our beginning and end: the address is told once it answers and signals are minded.
-
-    SIGTERM and SIGINT make the server unready and drain it, and the process leaves with 0: uvicorn's own handlers raise the
-    signal again after the drain, which would kill the process before its batches are done.
-    """
-
-    def __init__(self, config: uvicorn.Config, runtime: Runtime) -> None:
-        super().__init__(config)
-        self._runtime = runtime
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started and sockets:
-            _announce(self._runtime, sockets[0])
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop, number)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
-
-    def _stop(self, number: signal.Signals) -> None:
-        log.info("%s: answering what was accepted, then leaving", number.name)
-        self._runtime.draining = True
-        self.handle_exit(number, None)
+def config_of(runtime: Runtime) -> uvicorn.Config:
+    """How uvicorn serves a running scorer."""
+    return guarded_config(application(runtime), runtime.settings, runtime.metrics, runtime.loaded.fingerprint)
 
 
 def application(runtime: Runtime) -> FastAPI:
@@ -89,7 +70,11 @@ def model_card(runtime: Runtime) -> Card:
     """The live view the state routes are given."""
 
     async def run_selftest() -> SelfTestReport:
-        runtime.last_report = await runtime.selftest.run()
+        try:
+            runtime.last_report = await runtime.selftest.run()
+        except ScoringFailed as error:  # golden captions that get no score are as wrong as those that get another one
+            runtime.last_report = runtime.selftest.failed(error)
+            raise
         return runtime.last_report
 
     return Card(
@@ -99,6 +84,7 @@ def model_card(runtime: Runtime) -> Card:
         describe=lambda: describe(runtime),
         is_ready=lambda: runtime.ready,
         is_alive=lambda: runtime.batcher.alive,
+        is_draining=lambda: runtime.draining,
         run_selftest=run_selftest,
     )
 
@@ -119,12 +105,15 @@ def describe(runtime: Runtime) -> dict[str, Any]:
             "dtype": runtime.loaded.dtype,
             "lora": runtime.settings.lora,
             "deterministic": runtime.settings.deterministic,
+            "compile": runtime.settings.compile,
+            "attention": attention_ways(runtime.loaded.model),
             "hardware": runtime.hardware.as_dict(),
             "prepacked_layers": runtime.engine.num_prepacked,
             "budgets": runtime.budgets.as_dict(),
             "libraries": {name: version(name) for name in _LIBRARIES},
         },
         "selftest": runtime.last_report.as_dict() if runtime.last_report else None,
+        "startcheck": [asdict(finding) for finding in runtime.findings],
         "ready": runtime.ready,
         "warnings": warnings(runtime.settings),
         "settings": runtime.settings.redacted(),
@@ -138,32 +127,27 @@ def warnings(settings: Settings) -> list[str]:
     return []
 
 
-def bind(settings: Settings) -> socket.socket:
-    """Take the port before minutes of loading; nothing is accepted until the model is ready."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY only where TCP is named
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-    except OSError as error:
-        listener.close()
-        raise SettingsInvalid(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from None
-    return listener
-
-
 def _announce(runtime: Runtime, listener: socket.socket) -> None:
-    host, port = listener.getsockname()[:2]
-    address = f"http://{'127.0.0.1' if host in _EVERYWHERE else host}:{port}"
+    address = address_of(listener)
     log.info("settings: %s", runtime.settings.redacted())
     for warning in warnings(runtime.settings):
         log.warning("%s", warning)
-    print(f"\nPunchline {__version__} serves {runtime.settings.model} on {address}  ({runtime.loaded.fingerprint[:12]})\n", flush=True)
-    print(f"Try it:\n{_try_line(runtime, address)}\n", flush=True)
+    head = f"Punchline {__version__} serves {runtime.settings.model} on {address}  ({runtime.loaded.fingerprint[:12]})"
+    tell(f"\n{head}\n\nTry it:\n{_try_line(runtime, address)}\n")
+
+
+def tell(text: str) -> None:
+    """Print it. Output that takes nothing - a full disk, a closed pipe - is logged and given up: it must not stop a server."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError) as error:
+        log.warning("standard output takes nothing more (%s)", error)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (what it still holds would fail again at exit)
 
 
 def _try_line(runtime: Runtime, address: str) -> str:
     """A curl line that works as printed: two golden captions of the artifact, or its card if it has none."""
-    golden = runtime.artifact.golden()
+    golden = runtime.selftest.golden
     key = ["-H", "Authorization: Bearer YOUR_KEY"] if runtime.settings.api_keys else []
     item = golden.items[0] if golden else None
     if item is None or item.image is None:

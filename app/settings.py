@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
@@ -12,8 +13,10 @@ from app.errors import SettingsInvalid
 
 PREFIX = "PUNCHLINE_"
 MIN_KEY_CHARACTERS = 16
+MIN_DISTINCT_CHARACTERS = 6  # of a key; 24 times the same letter is long and no secret
 MAX_PIXELS = 89_478_485  # above it Pillow warns of a bomb
 DECODABLE = {"JPEG", "PNG", "WEBP", "BMP", "GIF"}
+_GUESSABLE = re.compile(r"(?:(?:change[-_]?me|default|password|secret|punchline|api|key)[-_.]?)+\d{0,4}", re.IGNORECASE)
 
 
 class Settings(BaseSettings):
@@ -35,6 +38,9 @@ class Settings(BaseSettings):
     deterministic: bool = Field(
         False, description="Make a score independent, bit for bit, of what it is scored beside and of what is cached; slower."
     )
+    compile: bool = Field(
+        False, description="Compile the steps between matrix products at start (a minute); needs a C++ compiler, on a GPU Triton too."
+    )
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and logs it.")
@@ -44,11 +50,26 @@ class Settings(BaseSettings):
     public_metrics: bool = Field(False, description="Answer /metrics without a key.")
     require_auth: bool = Field(False, description="Refuse to start without a key.")
     keep_alive_s: int = Field(75, ge=5, le=3600, description="How long an idle connection stays open; keep it above your clients' pools.")
-    drain_s: int = Field(60, ge=1, le=3600, description="How long a stopping server may take to answer what it accepted.")
+    header_timeout_s: float = Field(10.0, gt=0, le=600, description="Time for the head of a request to arrive, once connected or begun.")
+    max_header_bytes: int = Field(65536, ge=1024, le=1 << 20, description="Size of a request's target and headers together.")
+    write_timeout_s: float = Field(30.0, gt=0, le=600, description="Time for a client to take an answer.")
+    max_connections: int = Field(
+        4096, ge=1, le=1 << 20, description="Open connections; above it idle ones are closed, then new ones refused with 503."
+    )
+    drain_notice_s: float = Field(
+        5.0, ge=0, le=600, description="How long a server told to stop (SIGTERM) still takes requests, not ready, so that balancers learn."
+    )
+    drain_s: int = Field(60, ge=1, le=3600, description="How long a stopping server may then take to answer what it accepted.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
 
     max_body_bytes: int = Field(32 << 20, ge=1024, le=1 << 30, description="Largest request body.")
     body_timeout_s: float = Field(30.0, gt=0, le=600, description="Time for a request body to arrive.")
+    min_body_rate: int = Field(
+        16384, ge=0, le=1 << 30, description="Bytes a second at which a body must arrive after its first 5 s, or it is refused; 0: any."
+    )
+    max_pending_body_bytes: int = Field(
+        512 << 20, ge=1024, le=1 << 40, description="Memory for bodies of all requests not yet answered; more is refused with 503."
+    )
     max_groups: int = Field(16, ge=1, le=1024, description="Groups (images) in one request.")
     max_captions: int = Field(256, ge=1, le=4096, description="Captions in one request, over all its groups.")
     max_caption_bytes: int = Field(8192, ge=16, le=1 << 20, description="Size of one caption, UTF-8.")
@@ -60,6 +81,9 @@ class Settings(BaseSettings):
     image_formats: str = Field("JPEG,PNG,WEBP", description="Formats that are decoded, comma-separated.")
 
     max_batch_tokens: int = Field(8192, ge=64, le=1 << 22, description="Tokens that go to the device together.")
+    max_batch_s: float | None = Field(
+        None, gt=0, le=86_400, description="A batch that takes longer hangs: the process leaves; unset: 60 s on a GPU, 600 s on a CPU."
+    )
     max_queue_tokens: int = Field(65536, ge=64, le=1 << 24, description="Tokens admitted and not yet answered; more is refused with 503.")
     max_queue_items: int = Field(4096, ge=1, le=1 << 20, description="Captions admitted and not yet answered; more is refused with 503.")
     default_timeout_ms: int = Field(10_000, ge=1, le=600_000, description="Deadline of a request that names none.")
@@ -75,6 +99,9 @@ class Settings(BaseSettings):
         None, ge=0, le=1 << 44, description="Device memory for keys and values of prefixes; unset: a share of what loading left."
     )
     score_cache_bytes: int = Field(32 << 20, ge=0, le=1 << 40, description="Memory for scores already computed.")
+    canary_s: float = Field(
+        30.0, ge=0, le=120, description="How often a golden item is scored while serving; wrong three times running ends it; 0: never."
+    )
     cache_audit_every: int = Field(1000, ge=0, le=1 << 30, description="Of so many cache hits one is computed again and compared; 0: none.")
 
     @property
@@ -88,18 +115,31 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        self._check_sizes()
+        self._check_times()
+        self._check_keys()
+        return self
+
+    def _check_sizes(self) -> None:
         if self.max_batch_tokens > self.max_queue_tokens:
             raise ValueError("max_batch_tokens is larger than max_queue_tokens: such a batch could never gather")
         if self.max_captions > self.max_queue_items:
             raise ValueError("max_captions is larger than max_queue_items: such a request could never be admitted")
-        if self.default_timeout_ms > self.max_timeout_ms:
-            raise ValueError("default_timeout_ms is larger than max_timeout_ms")
+        if self.max_body_bytes > self.max_pending_body_bytes:
+            raise ValueError("max_body_bytes is larger than max_pending_body_bytes: such a body could never be held")
         if self.max_image_bytes > self.max_body_bytes:
             raise ValueError("max_image_bytes is larger than max_body_bytes: such an image could never arrive")
         if not self.formats or not DECODABLE.issuperset(self.formats):
             raise ValueError(f"image_formats must name one or more of {', '.join(sorted(DECODABLE))}")
-        self._check_keys()
-        return self
+
+    def _check_times(self) -> None:
+        """What is accepted last, when the notice ends and the port closes, has `drain_s` and no more."""
+        if self.default_timeout_ms > self.max_timeout_ms:
+            raise ValueError("default_timeout_ms is larger than max_timeout_ms")
+        if self.default_timeout_ms > self.drain_s * 1000:
+            raise ValueError("default_timeout_ms is longer than drain_s: a stopping server would cut requests that are in time")
+        if self.header_timeout_s > self.keep_alive_s:
+            raise ValueError("header_timeout_s is longer than keep_alive_s: who never asks would stay longer than who has asked")
 
     def _check_keys(self) -> None:
         if self.api_key is not None and not self.api_keys:
@@ -108,6 +148,10 @@ class Settings(BaseSettings):
             raise ValueError(f"api_key must have at least {MIN_KEY_CHARACTERS} characters")
         if not all(key.isascii() and key.isprintable() and " " not in key for key in self.api_keys):
             raise ValueError("api_key must be printable ASCII without spaces, or no client could send it")
+        if any(len(set(key)) < MIN_DISTINCT_CHARACTERS or _GUESSABLE.fullmatch(key) for key in self.api_keys):
+            raise ValueError(
+                "api_key can be guessed: too few different characters, or words anyone would try; `openssl rand -hex 32` makes one"
+            )
         if self.require_auth and not self.api_keys:
             raise ValueError("require_auth is set and api_key is not")
 

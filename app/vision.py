@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from cachetools import LRUCache
 from torch import Tensor
 
 from app.layers import norm, plus, rotate, silu, times
+from app.transfer import on_device
 from app.varlen import Segments, attend
 
-_MAX_GRIDS = 32  # shapes of pictures whose geometry is kept
+GridThw: TypeAlias = tuple[int, int, int]  # patches in time, height, width
+_MAX_GRID_BYTES = 16 << 20  # of the geometry of pictures' shapes that is kept: 0.3 MB each for a picture of 256 tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +33,42 @@ class Grid:
     windows: Segments
     whole: Segments
 
+    @property
+    def num_bytes(self) -> int:
+        bounds = (each for segments in (self.windows, self.whole) for each in (segments.cu_query, segments.cu_key))
+        return sum(tensor.nbytes for tensor in (self.order, self.restore, self.cos, self.sin, *bounds))
+
 
 class VisionTower:
     """Computes a picture's features from transformers' `Qwen2_5_VisionTransformerPretrainedModel`."""
 
-    def __init__(self, tower: Any) -> None:
+    def __init__(self, tower: Any, *, max_grid_bytes: int = _MAX_GRID_BYTES) -> None:
         self._tower = tower
-        self._merge = int(tower.spatial_merge_size)
-        self._grid = lru_cache(_MAX_GRIDS)(self._make_grid)
+        self._blocks = [(block, number in tower.fullatt_block_indexes) for number, block in enumerate(tower.blocks)]
+        self.merge_size = int(tower.spatial_merge_size)
+        self._grids: LRUCache[GridThw, Grid] = LRUCache(max_grid_bytes, getsizeof=lambda grid: grid.num_bytes)
         weight = tower.patch_embed.proj.weight
+        self._inverse = tower.rotary_pos_emb.inv_freq.float().cpu()  # read back once: to read is to wait for the device
         self._patch_weight = weight.view(weight.shape[0], -1)  # a convolution whose stride is its kernel is a product
+
+    def shortened(self) -> VisionTower:
+        """The same with one block of each kind: through windows, and over the whole picture."""
+        tower = VisionTower(self._tower)
+        tower._blocks = list({is_whole: (block, is_whole) for block, is_whole in self._blocks}.values())
+        return tower
+
+    @property
+    def num_patch_values(self) -> int:
+        """Values of a patch."""
+        return int(self._patch_weight.shape[1])
 
     @property
     def num_values_per_token(self) -> int:
         """Of the tensors of a block that are there at once, for each merged token."""
         config = self._tower.config
-        return int(self._merge**2 * (3 * config.intermediate_size + 8 * config.hidden_size))
+        return int(self.merge_size**2 * (3 * config.intermediate_size + 8 * config.hidden_size))
 
-    def features(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
+    def features(self, patches: Tensor, grid_thw: GridThw) -> Tensor:
         """[patches, values] float32 to [merged tokens, hidden of the text model] in the model's format.
 
         Raises ValueError for a film, and for patches that are not the grid's.
@@ -58,32 +78,38 @@ class VisionTower:
             raise ValueError(f"expected the patches of one picture of grid {grid_thw}, found {len(patches)}")
         grid = self._grid(grid_thw)
         hidden = F.linear(patches.to(self._patch_weight.dtype), self._patch_weight)  # [patches, width]
-        unit = self._merge**2
+        unit = self.merge_size**2
         hidden = hidden.view(-1, unit, hidden.shape[-1])[grid.order].view(-1, hidden.shape[-1])
-        for number, block in enumerate(tower.blocks):
-            segments = grid.whole if number in tower.fullatt_block_indexes else grid.windows
-            hidden = _block(block, hidden, grid, segments)
+        for block, is_whole in self._blocks:
+            hidden = _block(block, hidden, grid, grid.whole if is_whole else grid.windows)
         merger = tower.merger
         merged = merger.mlp(norm(hidden, merger.ln_q).view(-1, unit * hidden.shape[-1]))
         features: Tensor = merged[grid.restore]
         return features
 
-    def _make_grid(self, grid_thw: tuple[int, int, int]) -> Grid:
+    def _grid(self, grid_thw: GridThw) -> Grid:
+        grid = self._grids.get(grid_thw)
+        if grid is None:
+            grid = self._make_grid(grid_thw)
+            if grid.num_bytes <= self._grids.maxsize:
+                self._grids[grid_thw] = grid
+        return grid
+
+    def _make_grid(self, grid_thw: GridThw) -> Grid:
         config, device = self._tower.config, self._patch_weight.device
-        side = config.window_size // self._merge // config.patch_size
-        windows = windows_of(grid_thw, self._merge, side)
+        side = config.window_size // self.merge_size // config.patch_size
+        windows = windows_of(grid_thw, self.merge_size, side)
         order = torch.cat(windows)
-        unit = self._merge**2
-        positions = patch_positions(grid_thw, self._merge)  # [patches, 2]
-        inverse = self._tower.rotary_pos_emb.inv_freq.float().cpu()
-        angles = (positions[..., None].float() * inverse).flatten(1)  # [patches, head_dim / 2]: rows, then columns
+        unit = self.merge_size**2
+        positions = patch_positions(grid_thw, self.merge_size)  # [patches, 2]
+        angles = (positions[..., None].float() * self._inverse).flatten(1)  # [patches, head_dim / 2]: rows, then columns
         angles = angles.view(-1, unit, angles.shape[-1])[order].view(-1, 1, angles.shape[-1])
         scaling = self._tower.rotary_pos_emb.attention_scaling
         return Grid(
-            order=order.to(device),
-            restore=torch.argsort(order).to(device),
-            cos=(angles.cos() * scaling).to(device),
-            sin=(angles.sin() * scaling).to(device),
+            order=on_device(order, device),
+            restore=on_device(torch.argsort(order), device),
+            cos=on_device(angles.cos() * scaling, device),
+            sin=on_device(angles.sin() * scaling, device),
             windows=Segments.of([len(window) * unit for window in windows], None, device),
             whole=Segments.of([math.prod(grid_thw)], None, device),
         )
@@ -102,7 +128,7 @@ def _block(block: Any, hidden: Tensor, grid: Grid, segments: Segments) -> Tensor
     return plus(block.mlp.down_proj, gated, hidden)
 
 
-def windows_of(grid_thw: tuple[int, int, int], merge_size: int, side: int) -> list[Tensor]:
+def windows_of(grid_thw: GridThw, merge_size: int, side: int) -> list[Tensor]:
     """The merged tokens of every `side` x `side` window, larger windows first; each [tokens of the window]."""
     time, rows, columns = grid_thw[0], grid_thw[1] // merge_size, grid_thw[2] // merge_size
     index = torch.arange(time * rows * columns).view(time, rows, columns)
@@ -110,7 +136,7 @@ def windows_of(grid_thw: tuple[int, int, int], merge_size: int, side: int) -> li
     return sorted(windows, key=len, reverse=True)
 
 
-def patch_positions(grid_thw: tuple[int, int, int], merge_size: int) -> Tensor:
+def patch_positions(grid_thw: GridThw, merge_size: int) -> Tensor:
     """Row and column of every patch in the processor's order, where the patches of a merged token follow each other. [patches, 2]."""
     time, rows, columns = grid_thw
     where = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)  # [rows, columns, 2]

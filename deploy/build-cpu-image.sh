@@ -23,6 +23,12 @@ cd "$(dirname "$0")/.."
 
 check=
 [ "${1-}" = --check ] && { check=1; shift; }
+needed=(buildah)
+[ -n "${BASE-}" ] || needed+=(debootstrap)
+[ -z "$check" ] || needed+=(curl ip)
+for tool in "${needed[@]}"; do
+    command -v "$tool" >/dev/null || { echo "$0 needs $tool" >&2; exit 1; }
+done
 image=${1:-punchline:cpu}
 pip_variables=(PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX PIP_TRUSTED_HOST PIP_DEFAULT_TIMEOUT)
 address=http://127.0.0.1:8000

@@ -17,10 +17,11 @@ import numpy as np
 from fastapi import FastAPI
 from PIL import Image
 
+from app.admission import Admission
 from app.api import create_app
 from app.api.card import Card
 from app.artifacts import RewardModelConfig
-from app.batching import Admission, Batcher
+from app.batching import Batcher
 from app.caches import ByteBoundedCache
 from app.contracts import EncodedGroup, EncodedImage, Explanation, Group, Ids, RgbImage, Scores
 from app.errors import ApiError, ItemRejected
@@ -155,6 +156,7 @@ class FakeState:
 
     ready: bool = True
     alive: bool = True
+    draining: bool = False
     report: SelfTestReport = field(default_factory=lambda: SelfTestReport(True, "golden", 2, 0.0, 1e-4, "2 golden scores"))
 
 
@@ -184,16 +186,17 @@ async def serving(
     batcher = Batcher(scorer, max_batch_tokens=settings.max_batch_tokens, admission=admission, metrics=metrics)
     with ThreadPoolExecutor(2) as pool:
         async with batcher:
-            service = _service(settings, metrics, FakeEncoder(takes_images=takes_images), batcher, admission, pool)
+            service = service_of(settings, metrics, FakeEncoder(takes_images=takes_images), batcher, admission, pool)
             app = create_app(service, settings, _card(settings, metrics, state), metrics)
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://punchline", headers=headers) as client:
                 yield Served(app, client, scorer, metrics, settings, state)
 
 
-def _service(
+def service_of(
     settings: Settings, metrics: Metrics, encoder: FakeEncoder, batcher: Batcher, admission: Admission, pool: ThreadPoolExecutor
 ) -> ScoringService:
+    """The real service over a fake encoder."""
     return ScoringService(
         config=RewardModelConfig(base_model_name="fake", score_head_shape=(1, 8)),
         encoder=encoder,
@@ -229,5 +232,6 @@ def _card(settings: Settings, metrics: Metrics, state: FakeState) -> Card:
         describe=lambda: {"model": {"fingerprint": FINGERPRINT}, "settings": settings.redacted()},
         is_ready=lambda: state.ready,
         is_alive=lambda: state.alive,
+        is_draining=lambda: state.draining,
         run_selftest=run_selftest,
     )

@@ -13,7 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
-from app.batching import Admission, Batcher
+from app.admission import Admission
+from app.batching import Batcher
 from app.contracts import EncodedGroup, EncodedImage, Explanation, Group, Ids, RgbImage, Scorer, Scores
 from app.errors import ApiError, OutOfMemory, Unavailable
 from app.metrics import Metrics
@@ -193,11 +194,25 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float:
 
 @asynccontextmanager
 async def batching(
-    scorer: Scorer, *, max_batch_tokens: int = 1000, max_items: int = 1000, max_tokens: int = 100_000, clock: Clock = time.monotonic
+    scorer: Scorer,
+    *,
+    max_batch_tokens: int = 1000,
+    max_items: int = 1000,
+    max_tokens: int = 100_000,
+    clock: Clock = time.monotonic,
+    max_lone_failures: int = 1_000_000,
 ) -> AsyncIterator[Bench]:
     metrics = Metrics()
     admission = Admission(max_items=max_items, max_tokens=max_tokens, metrics=metrics)
-    async with Batcher(scorer, max_batch_tokens=max_batch_tokens, admission=admission, metrics=metrics, clock=clock) as batcher:
+    batcher = Batcher(
+        scorer,
+        max_batch_tokens=max_batch_tokens,
+        admission=admission,
+        metrics=metrics,
+        clock=clock,
+        max_lone_failures=max_lone_failures,
+    )
+    async with batcher:
         yield Bench(batcher, admission, metrics)
 
 

@@ -1,4 +1,4 @@
-"""A reusing scorer around an engine, with caches of given sizes."""
+"""A reusing scorer around a backend, with caches of given sizes."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from app.contracts import Ids
 from app.metrics import Metrics
 from app.reuse import Backend, Caches, KeptPrefix, ReusingScorer
 
+MIB = 1 << 20
+
 
 def reusing(
     backend: Backend[Any, Any],
     *,
     metrics: Metrics | None = None,
-    feature_bytes: int = 1 << 24,
-    prefix_bytes: int = 1 << 26,
-    score_bytes: int = 1 << 20,
+    max_bytes: tuple[int, int, int] = (MIB,) * 3,
     fingerprint: str = "f" * 64,
     score_tolerance: float = 1e-4,
     deterministic: bool = False,
     audit_every: int = 0,
     lead_ids: Ids | None = None,
 ) -> ReusingScorer[Any, Any]:
-    """Features count their own bytes, a score 100."""
+    """`max_bytes`: of features, which count their own, of prefixes, and of scores, which count 100 each."""
     metrics = metrics or Metrics()
     caches: Caches[Any, Any] = Caches(
-        features=ByteBoundedCache[Any]("features", feature_bytes, lambda features: features.nbytes, metrics),
-        prefixes=ByteBoundedCache[KeptPrefix[Any]]("prefixes", prefix_bytes, lambda kept: kept.num_bytes, metrics),
-        scores=ByteBoundedCache[float]("scores", score_bytes, lambda _: 100, metrics),
+        features=ByteBoundedCache[Any]("features", max_bytes[0], lambda features: features.nbytes, metrics),
+        prefixes=ByteBoundedCache[KeptPrefix[Any]]("prefixes", max_bytes[1], lambda kept: kept.num_bytes, metrics),
+        scores=ByteBoundedCache[float]("scores", max_bytes[2], lambda _: 100, metrics),
     )
     return ReusingScorer(
         backend,

@@ -24,6 +24,7 @@ BENCH = (
             "loopback",
             "ways",
             "load",
+            "caller",
             "overhead",
             "noise",
             "report",
@@ -41,6 +42,8 @@ TABLE = (
     ("planning", "caches", "reuse", "budgets", "machine", "preference", "images", "artifacts"),
     (
         "encoding",
+        "faults",
+        "transfer",
         "varlen",
         "layers",
         "vision",
@@ -50,14 +53,26 @@ TABLE = (
         "heads",
         "model",
         "engine",
+        "admission",
         "dispatch",
         "batching",
         "geometry",
         "hardware",
     ),
-    ("scoring", "golden", "service", "selftest"),
-    ("api.bodies", "api.schemas", "api.card", "api.answers", "api.middleware", "api.requests", "api.routes", "api"),
-    ("main", "serving"),
+    ("scoring", "golden", "service", "startcheck", "selftest", "canary"),
+    (
+        "api.body_room",
+        "api.bodies",
+        "api.schemas",
+        "api.card",
+        "api.answers",
+        "api.leaving",
+        "api.middleware",
+        "api.requests",
+        "api.routes",
+        "api",
+    ),
+    ("connections", "draining", "main", "proof", "serving"),
     BENCH,
     ("converting", "remote", "cli"),
 )
@@ -67,6 +82,8 @@ MAY_LOAD_HEAVY = {
     f"app.{name}"
     for name in (
         "encoding",
+        "faults",
+        "transfer",
         "varlen",
         "layers",
         "vision",
@@ -77,7 +94,6 @@ MAY_LOAD_HEAVY = {
         "model",
         "engine",
         "scoring",
-        "golden",
     )
 } | {"app.main", "app.converting", "app.geometry", "app.hardware", *(f"app.{name}" for name in BENCH)}
 MAY_LOAD_HEAVY_LATE = {"app.cli"}

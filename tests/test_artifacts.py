@@ -105,7 +105,10 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     "a golden picture by its full path": (golden_item(image="/etc/passwd"), "golden.json: items.0.image"),
     "a base that is not there": (config(base_model_name="/nowhere/base"), "/nowhere/base: base model is neither"),
     "a relative base that is not there": (config(base_model_name="./base"), "base: missing; it should hold the base model"),
-    "a base that is a Hub id, offline": (config(base_model_name="nobody/nothing"), "nobody/nothing: base model could not be fetched"),
+    "a base that is a Hub id, offline": (
+        config(base_model_name="nobody/nothing"),
+        "nobody/nothing: base model is no directory here, and could not be fetched",
+    ),
     "a base with a strange name": (config(base_model_name="a/b/c"), "a/b/c: base model is neither"),
     "a base without a configuration": (drop("../base/config.json"), "config.json: missing"),
     "a base without safetensors": (
@@ -192,7 +195,7 @@ def test_an_artifact_that_does_not_exist(name: str) -> None:
 
 
 def test_a_hub_id_offline_is_refused() -> None:
-    with pytest.raises(ArtifactInvalid, match="nobody/nothing@abc: model could not be fetched from the Hub"):
+    with pytest.raises(ArtifactInvalid, match="nobody/nothing@abc: model is no directory here, and could not be fetched from the Hub"):
         open_artifact("nobody/nothing@abc", offline=True)
 
 

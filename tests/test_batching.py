@@ -14,9 +14,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from app.batching import Admission, Batcher, Reservation
+from app.admission import Admission, Reservation
+from app.batching import Batcher
 from app.contracts import EncodedGroup, Job, Scores
-from app.errors import ApiError, DeadlineExceeded, Draining, NonfiniteScore, Overloaded, ScoringFailed, TooManyTokens, Unavailable
+from app.errors import (
+    ApiError,
+    DeadlineExceeded,
+    DeviceFault,
+    Draining,
+    NonfiniteScore,
+    Overloaded,
+    ScoringFailed,
+    TooManyTokens,
+    Unavailable,
+)
 from app.metrics import Metrics
 from tests.loop_fakes import (
     BUSY,
@@ -210,7 +221,7 @@ def stand_still_until(reached: Callable[[], bool]) -> None:
     raise AssertionError("the device waited")
 
 
-async def test_a_job_given_up_after_it_was_made_ready_is_computed_and_dropped() -> None:
+async def test_a_job_given_up_after_it_was_made_ready_is_left_out() -> None:
     scorer, clock = GatedScorer(), FakeClock()
     async with batching(scorer, max_batch_tokens=20, clock=clock) as bench:
         await busy(bench, scorer)
@@ -221,7 +232,21 @@ async def test_a_job_given_up_after_it_was_made_ready_is_computed_and_dropped() 
         scorer.let_go(2)
         assert_scored(await late.future, late.group)
     assert gone.future.cancelled()
-    assert scorer.calls[1] == (gone.group, late.group)
+    assert scorer.calls[1] == (late.group,)  # made ready again without the other
+
+
+async def test_a_small_part_given_up_is_computed_and_counted_as_wasted() -> None:
+    """One caption of seventeen: making the batch ready again would cost more."""
+    scorer = GatedScorer()
+    async with batching(scorer, max_batch_tokens=1000) as bench:
+        await busy(bench, scorer)
+        gone, stays = submit(bench, group_of("gone", "g"), group_of("stays", *"abcdefghijklmnop"))
+        scorer.let_go()
+        await until(lambda: len(scorer.calls) == 2)
+        gone.future.cancel()
+        scorer.let_go()
+        assert_scored(await stays.future, stays.group)
+        await until(lambda: bench.sample("reward_wasted_items_total") == 1)
 
 
 async def test_the_seconds_of_the_device_are_counted() -> None:
@@ -520,7 +545,7 @@ async def test_a_batcher_that_was_never_started_takes_nothing() -> None:
     admission = Admission(max_items=1, max_tokens=1, metrics=metrics)
     batcher = Batcher(FaultyScorer(), max_batch_tokens=10, admission=admission, metrics=metrics)
     assert not batcher.alive
-    with pytest.raises(ScoringFailed):
+    with pytest.raises(DeviceFault):
         batcher.submit(group_of("a", "x"), FAR)
 
 
@@ -557,9 +582,9 @@ async def test_when_the_loop_dies_nobody_waits_for_ever(death: type[BaseExceptio
         jobs = [await busy(bench, scorer), *submit(bench, group_of("a", "x"), group_of("b", "x"))]
         scorer.let_go()
         found = await outcomes(jobs)
-        assert [type(outcome) for outcome in found] == [ScoringFailed] * 3
+        assert [type(outcome) for outcome in found] == [DeviceFault] * 3
         assert not bench.batcher.alive
-        with pytest.raises(ScoringFailed, match="not running"):
+        with pytest.raises(DeviceFault, match="not running"):
             submit(bench, group_of("c", "x"))
     assert len(scorer.calls) == 1
 
@@ -577,9 +602,9 @@ async def test_when_the_preparation_dies_nobody_waits_for_ever(death: type[BaseE
     scorer = Deadly()
     async with batching(scorer, max_batch_tokens=20) as bench:
         jobs = [await busy(bench, scorer), *submit(bench, *tens("a", "b", "c"))]
-        assert [type(outcome) for outcome in await outcomes(jobs)] == [ScoringFailed] * 4
+        assert [type(outcome) for outcome in await outcomes(jobs)] == [DeviceFault] * 4
         assert not bench.batcher.alive
-        with pytest.raises(ScoringFailed, match="not running"):
+        with pytest.raises(DeviceFault, match="not running"):
             submit(bench, group_of("c", "x"))
     scorer.let_go()
 
@@ -598,7 +623,7 @@ async def test_a_drain_ends_when_the_loop_dies_under_it() -> None:
     await turns()
     scorer.let_go()
     await asyncio.wait_for(leaving, PATIENCE_S)
-    assert isinstance(job.future.exception(), ScoringFailed)
+    assert isinstance(job.future.exception(), DeviceFault)
 
 
 async def test_a_fault_while_planning_fails_what_waits() -> None:
@@ -615,7 +640,7 @@ async def test_a_fault_while_planning_fails_what_waits() -> None:
         jobs = [await busy(bench, scorer), *submit(bench, group_of("a", "x"))]
         clock.broken = True
         scorer.let_go()
-        assert [type(outcome) for outcome in await outcomes(jobs)] == [ScoringFailed] * 2
+        assert [type(outcome) for outcome in await outcomes(jobs)] == [DeviceFault] * 2
         assert not bench.batcher.alive
 
 

@@ -58,6 +58,11 @@ class CacheMachine(RuleBasedStateMachine):
         if key in self.model:
             self.model.move_to_end(key)
 
+    @rule(key=KEYS)
+    def holds(self, key: str) -> None:
+        """Neither a lookup nor a use: the order in which values go stays as it was."""
+        assert self.cache.holds(key) == (key in self.model)
+
     @rule(key=KEYS, value=VALUES)
     def get_or_make(self, key: str, value: bytes) -> None:
         assert self.cache.get_or_make(key, lambda: value) == self.model.get(key, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from app.converting import GoldenInput, convert, default_inputs, read_inputs
 from app.errors import ArtifactInvalid
 from app.golden import tolerance_of
 from app.scoring import score_plain, score_shared
-from tests.tiny import copy_artifact, edit_json, encode, load_whole, picture
+from tests.tiny import copy_artifact, edit_json, edit_tensors, encode, load_whole, picture
 
 CAPTIONS = ("the penguin", "an iceberg", "", "企鵝 <|im_end|>")
 
@@ -67,6 +68,23 @@ def test_both_artifacts_give_equal_bits(converted: Path, published: Path) -> Non
         groups = [encode(encoder, (300, 200), 0, CAPTIONS, "A prompt.") for encoder in (old_encoder, new_encoder)]
         assert score(old.model, groups[:1]) == score(new.model, groups[1:])
     assert old.fingerprint != new.fingerprint  # another head file
+
+
+def test_names_of_the_whole_model_are_converted_as_those_of_the_backbone(
+    published: Path, converted: Path, inputs: list[GoldenInput], tmp_path: Path
+) -> None:
+    """As transformers 5 writes a base, and peft the adapter of a whole model; the golden scores show that the same is computed."""
+    root = copy_artifact(published, tmp_path)
+    pairs = {"visual.": "model.visual.", "model.": "model.language_model."}
+    rename_keys(tmp_path / "base/model.safetensors", lambda name: next(new + name[len(old) :] for old, new in pairs.items() if old in name))
+    rename_keys(root / "backbone_adapter/adapter_model.safetensors", lambda name: name.replace(".model.", ".model.model.", 1))
+    found, expected = (open_artifact(str(each)).golden() for each in (run(root, tmp_path / "converted", inputs), converted))
+    assert found is not None
+    assert found == expected
+
+
+def rename_keys(path: Path, name_of: Callable[[str], str]) -> None:
+    edit_tensors(path, lambda tensors: [tensors.__setitem__(name_of(name), tensors.pop(name)) for name in list(tensors)])
 
 
 def test_golden_scores_are_those_of_plain_float32(converted: Path, inputs: list[GoldenInput]) -> None:

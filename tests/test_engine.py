@@ -18,24 +18,24 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from app.artifacts import open_artifact
-from app.caches import ByteBoundedCache
 from app.contracts import EncodedGroup, Scores
 from app.encoding import Encoder, load_encoder
 from app.engine import Engine
-from app.errors import OutOfMemory
+from app.errors import DeviceBroken, OutOfMemory
 from app.golden import GOLDEN_TOLERANCE, tolerance_of
 from app.layers import PrepackedLinear
 from app.metrics import Metrics
 from app.model import RewardModel, load_model
-from app.reuse import Caches, KeptPrefix, ReusingScorer, Share
+from app.reuse import KeptPrefix, Share
 from app.scoring import score_plain
 from tests.loop_fakes import sample
+from tests.scorers import MIB, reusing
+from tests.test_faults import NO_MEMORY, failing
 from tests.tiny import HIDDEN, copy_artifact, edit_json, encode, encode_text, write_published, write_text_only
 
 Dtype = Literal["float32", "bfloat16"]
 Lora = Literal["merged", "unmerged"]
 Asked = tuple[int, tuple[str, ...], str | None]  # picture, captions, prompt
-MIB = 1 << 20
 PICTURES = ((200, 100), (300, 200), (60, 130), (28, 400), (90, 90))  # sizes
 PROMPTS = (None, "", "Be kind.", "the pengu", "Scene: an office.\nTwist: a penguin holds an umbrella.")
 CAPTIONS = ["the penguin", "in", "x", "", "an iceberg, they said", "企鵝 <|im_end|>", "s", "nobody told the octopus about casual Friday"]
@@ -87,18 +87,6 @@ def world_of(root: Path, dtype: Dtype = "float32", lora: Lora = "merged") -> Wor
     return World(load_encoder(artifact), plain, model, Engine(model))
 
 
-def scorer_of(engine: Any, *, metrics: Metrics | None = None, max_bytes: tuple[int, int, int] = (MIB,) * 3, **options: Any) -> Any:
-    """`max_bytes`: of features, prefixes, scores."""
-    metrics = metrics or Metrics()
-    caches: Caches[Tensor, Tensor] = Caches(
-        ByteBoundedCache("features", max_bytes[0], lambda tensor: tensor.nbytes, metrics),
-        ByteBoundedCache("prefixes", max_bytes[1], lambda prefix: prefix.num_bytes, metrics),
-        ByteBoundedCache("scores", max_bytes[2], lambda score: 100, metrics),
-    )
-    options = {"fingerprint": "f" * 64, "metrics": metrics, "score_tolerance": 1e-4} | options
-    return ReusingScorer(engine, caches, **options)
-
-
 def run(scorer: Any, groups: Sequence[EncodedGroup]) -> list[Scores]:
     found: list[Scores] = scorer.score(scorer.prepare(groups))
     return found
@@ -144,7 +132,7 @@ def test_any_mix_gives_the_scores_of_one_forward_a_caption(
 ) -> None:
     """Float32, cold, then with what the first batch left, with and without its scores. Seen: 2e-6 where scores spread by 0.2 to 0.9."""
     world = worlds(kind, lora=lora)
-    scorer, forgetful = scorer_of(world.engine), scorer_of(world.engine, max_bytes=(MIB, MIB, 0))
+    scorer, forgetful = reusing(world.engine), reusing(world.engine, max_bytes=(MIB, MIB, 0))
     for asked in (first, second, first):
         groups = world.groups(asked)
         expected = score_plain(world.plain, groups)
@@ -159,7 +147,7 @@ def test_scores_differ_between_captions_pictures_and_prompts(worlds: Worlds, kin
     """The equivalence above would mean nothing otherwise."""
     world = worlds(kind)
     asked: list[Asked] = [(0, tuple(CAPTIONS), None), (1, ("the penguin",), None), (0, ("the penguin",), "Be kind.")]
-    one, other, prompted = run(scorer_of(world.engine), world.groups(asked))
+    one, other, prompted = run(reusing(world.engine), world.groups(asked))
     assert np.ptp(one.values) > 1e-2
     assert abs(one.values[0] - prompted.values[0]) > 1e-3
     assert not world.encoder.takes_images or abs(one.values[0] - other.values[0]) > 1e-3
@@ -172,7 +160,7 @@ def test_bfloat16_stays_within_the_tolerance_of_golden_scores(worlds: Worlds, ki
     world, exact = worlds(kind, "bfloat16", lora), worlds(kind, "float32", lora)
     groups = world.groups([(number, tuple(CAPTIONS), prompt) for number, prompt in enumerate(PROMPTS) if prompt != ""])
     expected, rough = score_plain(exact.plain, groups), score_plain(world.plain, groups)
-    scorer = scorer_of(world.engine, max_bytes=(MIB, MIB, 0))
+    scorer = reusing(world.engine, max_bytes=(MIB, MIB, 0))
     tolerance = tolerance_of(flat(expected).tolist())["bfloat16"]
     for _ in range(2):
         found = run(scorer, groups)
@@ -188,12 +176,12 @@ def test_a_kept_prefix_may_end_before_or_behind_the_one_asked_for(worlds: Worlds
     (group,) = world.groups([(1, tuple(CAPTIONS), None)])
     expected = score_plain(world.plain, [group])
     for lengths in [(0, 5), (5, 0), (1, 2, 0), (5, 3, 5)]:  # tokens left off the prefix, batch after batch
-        scorer = scorer_of(world.engine, max_bytes=(MIB, MIB, 0), deterministic=deterministic)
+        scorer = reusing(world.engine, max_bytes=(MIB, MIB, 0), deterministic=deterministic)
         for less in lengths:
             cut = replace(group, num_prefix=group.num_prefix - less, row_prefixes=())
             assert error(run(scorer, [cut]), expected) <= 1e-5
     several = [replace(group, num_prefix=group.num_prefix - less, row_prefixes=()) for less in (0, 3, 1)]
-    assert error(run(scorer_of(world.engine), several), expected * 3) <= 1e-5
+    assert error(run(reusing(world.engine), several), expected * 3) <= 1e-5
 
 
 def test_kept_keys_and_values_are_those_of_transformers(worlds: Worlds) -> None:
@@ -257,10 +245,72 @@ def test_an_image_that_is_not_whole_in_the_prefix_is_refused(worlds: Worlds) -> 
     assert group.image is not None
     for length in (0, first, first + 1, first + group.image.num_tokens - 1):
         with pytest.raises(ValueError, match="does not lie whole"):
-            run(scorer_of(world.engine), [replace(group, num_prefix=length, row_prefixes=())])
+            run(reusing(world.engine), [replace(group, num_prefix=length, row_prefixes=())])
     other = replace(group, image=replace(group.image, num_tokens=group.image.num_tokens + 1))
     with pytest.raises(ValueError, match="does not lie whole"):
-        run(scorer_of(world.engine), [other])
+        run(reusing(world.engine), [other])
+
+
+def test_a_prefix_may_be_built_on_a_shorter_one_of_the_same_picture(worlds: Worlds) -> None:
+    """The picture lies whole in the shorter one, so its features are not asked for, and not taken."""
+    world = worlds("vision")
+    (group,) = world.groups([(1, tuple(CAPTIONS), PROMPTS[-1])])
+    short = prefix_of(world, replace(group, num_prefix=group.num_prefix - 9, row_prefixes=()))
+    kept = short.keys_values.clone()
+    (computed,) = world.engine.forward([share_of(world, group, features=None, lead=short)])
+    assert np.abs(np.subtract(computed.scores, score_plain(world.plain, [group])[0].values)).max() <= 1e-5
+    assert torch.allclose(computed.prefix.keys_values, prefix_of(world, group).keys_values, atol=1e-5)
+    assert np.array_equal(computed.prefix.ids, group.rows[0][: group.num_prefix])
+    assert torch.equal(short.keys_values, kept)  # read only
+    with pytest.raises(ValueError, match="unless its known beginning holds it"):
+        world.engine.forward([share_of(world, group, lead=short)])
+
+
+def test_a_picture_behind_the_known_beginning_needs_its_features_and_one_cut_by_it_is_refused(worlds: Worlds) -> None:
+    world = worlds("vision")
+    (group,) = world.groups([(1, ("x", "the penguin"), None)])
+    prefix = prefix_of(world, group)
+    first = int(np.argmax(group.rows[0] == world.model.image_token_id))
+    assert group.image is not None
+
+    def beginning(length: int) -> KeptPrefix[Tensor]:
+        return KeptPrefix(prefix.ids[:length], prefix.keys_values[:, :, :length], 0)
+
+    (computed,) = world.engine.forward([share_of(world, group, lead=beginning(first))])
+    assert np.abs(np.subtract(computed.scores, score_plain(world.plain, [group])[0].values)).max() <= 1e-5
+    with pytest.raises(ValueError, match="needs the features"):
+        world.engine.forward([share_of(world, group, features=None, lead=beginning(first))])
+    for length in (first + 1, first + group.image.num_tokens - 1):
+        for features in (None, world.engine.image_features(group.image)):
+            with pytest.raises(ValueError, match="does not lie whole on one side"):
+                world.engine.forward([share_of(world, group, features=features, lead=beginning(length))])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_kept_too_short_is_lengthened(worlds: Worlds, kind: str) -> None:
+    world, metrics = worlds(kind), Metrics()
+    (group,) = world.groups([(1, tuple(CAPTIONS), PROMPTS[-1])])
+    expected = score_plain(world.plain, [group])
+    scorer = reusing(world.engine, max_bytes=(MIB, MIB, 0), metrics=metrics)
+    cut = replace(group, num_prefix=group.num_prefix - 9, row_prefixes=())
+    assert error(run(scorer, [cut]), expected) <= 1e-5
+    suffixes = sum(len(row) - group.num_prefix for row in {row.tobytes(): row for row in group.rows}.values())
+    for num_new in (9, 0):
+        found = run(scorer, [group])
+        assert error(found, expected) <= 1e-5
+        assert found[0].num_computed_tokens == num_new + suffixes
+    assert error(run(scorer, [cut]), expected) <= 1e-5
+    assert sample(metrics, "reward_cache_lookups_total", cache="features", result="hit") == 0
+
+
+def test_a_picture_sent_ahead_is_the_picture(worlds: Worlds) -> None:
+    """On a CPU there is nothing to copy: the very values."""
+    world = worlds("vision")
+    (group,) = world.groups([(1, ("x",), None)])
+    assert group.image is not None
+    staged = world.engine.stage(group.image)
+    assert staged.tensor.data_ptr() == group.image.patches.ctypes.data
+    assert torch.equal(world.engine.image_features(group.image, staged), world.engine.image_features(group.image))
 
 
 def test_a_text_only_model_takes_no_image(worlds: Worlds) -> None:
@@ -312,7 +362,7 @@ def test_only_what_is_new_is_computed(watched: tuple[World, dict[str, Recording]
     world, recordings = watched
     group, more, prompted = world.groups([(1, ("x", "in", "x"), None), (1, ("nobody", "x", "why"), None), (1, ("x",), "Be kind.")])
     assert {*group.row_prefixes, *more.row_prefixes} == {group.num_prefix}
-    scorer, prefix = scorer_of(world.engine, deterministic=deterministic), group.num_prefix
+    scorer, prefix = reusing(world.engine, deterministic=deterministic), group.num_prefix
     taken(recordings)
     image = group.image.num_tokens if group.image else 0
     suffixes = {row.tobytes(): len(row) - prefix for row in (*group.rows, *more.rows)}
@@ -341,10 +391,10 @@ def test_a_batch_of_several_groups_is_one_pass(watched: tuple[World, dict[str, R
     singles = world.groups([(1, (caption,), None) for caption in CAPTIONS])
     (together,) = world.groups([(1, tuple(CAPTIONS), None)])
     taken(recordings)
-    found = run(scorer_of(world.engine), singles)
+    found = run(reusing(world.engine), singles)
     assert len(recordings["first"].rows) == 1
     assert taken(recordings)["first"] == sum(each.num_computed_tokens for each in found) == together.num_tokens
-    (whole,) = run(scorer_of(world.engine), [together])
+    (whole,) = run(reusing(world.engine), [together])
     assert flat(found).tolist() == list(whole.values)
 
 
@@ -373,24 +423,16 @@ class Hungry(nn.Module):
         return hidden
 
 
-def fail_like_cuda() -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def fail_like_numpy() -> None:
-    raise MemoryError("Unable to allocate 8.00 EiB")
-
-
 @pytest.fixture
 def private(published: Path) -> World:
     """A world to be damaged."""
     return world_of(published)
 
 
-@pytest.mark.parametrize("fail", [fail_like_cuda, fail_like_numpy, lambda: torch.empty(1 << 58)], ids=["cuda", "numpy", "torch"])
+@pytest.mark.parametrize("fail", [*map(failing, NO_MEMORY), lambda: torch.empty(1 << 58)])
 def test_memory_that_runs_out_has_one_name_and_nothing_is_kept(private: World, fail: Callable[[], object]) -> None:
     (group,) = private.groups([(0, ("x", "the penguin"), None)])
-    scorer, head = scorer_of(private.engine), private.model.head
+    scorer, head = reusing(private.engine), private.model.head
     private.model.head = Hungry(head, fail)  # type: ignore[assignment]
     with pytest.raises(OutOfMemory, match="memory left"):
         run(scorer, [group])
@@ -400,11 +442,19 @@ def test_memory_that_runs_out_has_one_name_and_nothing_is_kept(private: World, f
     assert error([scores], score_plain(private.plain, [group])) <= 1e-5
 
 
+def test_a_fault_that_stays_is_named_so_and_nothing_is_kept(private: World) -> None:
+    (group,) = private.groups([(0, ("x", "the penguin"), None)])
+    scorer, head = reusing(private.engine), private.model.head
+    private.model.head = Hungry(head, failing(RuntimeError("CUDA error: an illegal memory access was encountered at 0x7f00dead")))  # type: ignore[assignment]
+    with pytest.raises(DeviceBroken, match=r"illegal memory access was encountered at 0x\.\.$"):
+        run(scorer, [group])
+
+
 def test_other_faults_keep_their_name(private: World) -> None:
     (group,) = private.groups([(0, ("x",), None)])
     private.model.head = Hungry(private.model.head, lambda: torch.zeros(2) @ torch.zeros(3))  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="size"):
-        run(scorer_of(private.engine), [group])
+        run(reusing(private.engine), [group])
 
 
 @pytest.mark.parametrize(("dtype", "num_bytes"), [("float32", 4), ("bfloat16", 2)])
@@ -415,13 +465,23 @@ def test_bytes_per_token_are_at_least_what_is_counted_and_measuring_changes_noth
     """Counted: gate, up and their product of 96 values, eight tensors as wide as the model, and keys and values of two layers."""
     world = worlds(kind, dtype)
     groups = world.groups([(0, tuple(CAPTIONS), None)])
-    before = flat(run(scorer_of(world.engine), groups)).tolist()
+    before = flat(run(reusing(world.engine), groups)).tolist()
     floor = num_bytes * (3 * 96 + 8 * HIDDEN + 2 * 2 * 2 * 16)
     measured = {num_tokens: world.engine.measure_bytes_per_token(num_tokens) for num_tokens in (1, 2, 33, 100, 20_000)}
     assert all(found >= floor for found in measured.values())
     assert measured[20_000] <= 20 * floor
     assert 20_000 * measured[20_000] > 100 * measured[100]  # more tokens take more
-    assert flat(run(scorer_of(world.engine), groups)).tolist() == before
+    assert flat(run(reusing(world.engine), groups)).tolist() == before
+
+
+def test_practice_runs_as_many_tokens_as_asked_and_a_picture(watched: tuple[World, dict[str, Recording]]) -> None:
+    """Through both layers, as prefixes behind a known beginning; the picture is a square of at most so many tokens."""
+    world, recordings = watched
+    taken(recordings)
+    for num_tokens, num_image_tokens in ((1, 1), (2, 1), (100, 100), (1500, 144)):
+        world.engine.measure_bytes_per_token(num_tokens)
+        expected = {"first": num_tokens, "keys": num_tokens, "queries": 1, "mlp": 1, "gate": 1, "vision": num_image_tokens}
+        assert taken(recordings) == expected
 
 
 # Audits of the real thing
@@ -432,7 +492,7 @@ def test_bytes_per_token_are_at_least_what_is_counted_and_measuring_changes_noth
 def test_what_is_kept_agrees_with_what_is_computed_again_in_other_company(worlds: Worlds, dtype: Dtype, deterministic: bool) -> None:
     world, metrics = worlds("seam", dtype), Metrics()
     tolerance = GOLDEN_TOLERANCE[dtype]
-    scorer = scorer_of(world.engine, metrics=metrics, deterministic=deterministic, audit_every=1, score_tolerance=tolerance)
+    scorer = reusing(world.engine, metrics=metrics, deterministic=deterministic, audit_every=1, score_tolerance=tolerance)
     asked: list[Asked] = [
         (0, ("x", "the penguin"), "the pengu"),
         (0, ("in", "ins"), "the pengu"),
@@ -496,8 +556,8 @@ def test_deterministic_bits_depend_on_nothing_else(
         for place, row in enumerate(group.rows):
             one = replace(group, rows=(row,), num_prefix=group.row_prefixes[place], row_prefixes=(group.row_prefixes[place],))
             if (name := names_of([one])[0]) not in alone:
-                alone[name] = run(scorer_of(world.engine, deterministic=True), [one])[0].values[0]
-    scorer = scorer_of(world.engine, max_bytes=max_bytes, deterministic=True, audit_every=chance.choice([0, 1, 2]))
+                alone[name] = run(reusing(world.engine, deterministic=True), [one])[0].values[0]
+    scorer = reusing(world.engine, max_bytes=max_bytes, deterministic=True, audit_every=chance.choice([0, 1, 2]))
     for batch in [*groups, *groups]:
         turned = [replace(group, fresh=chance.random() < 0.2) for group in chance.sample(batch, len(batch))]
         found = flat(run(scorer, turned)).tolist()
@@ -510,7 +570,7 @@ def test_together_bfloat16_scores_do_move_with_their_company(worlds: Worlds) -> 
     alone, company = world.groups([(0, ("x", "an iceberg", "why"), "the pengu"), (0, ("x", "an iceberg", "why", "in"), "the pengu")])
     assert alone.num_prefix > company.num_prefix
     moved, still = (
-        {run(scorer_of(world.engine, deterministic=bits), [each])[0].values[:3] for each in (alone, company)} for bits in (False, True)
+        {run(reusing(world.engine, deterministic=bits), [each])[0].values[:3] for each in (alone, company)} for bits in (False, True)
     )
     assert (len(moved), len(still)) == (2, 1)
 
@@ -526,13 +586,13 @@ def test_a_known_beginning_is_not_computed_again_and_changes_no_score(worlds: Wo
     assert len(lead) >= 8
     first, second = here.groups([(0, ("x", "the penguin"), "One prompt."), (1, ("x", "a cat"), "Another prompt.")])
     expected = score_plain(here.plain, [first, second])
-    scorer = scorer_of(here.engine, lead_ids=lead, deterministic=deterministic, max_bytes=(MIB, MIB, 0))
+    scorer = reusing(here.engine, lead_ids=lead, deterministic=deterministic, max_bytes=(MIB, MIB, 0))
     (one,), (other,) = run(scorer, [first]), run(scorer, [second])
     assert error([one, other], expected) <= 1e-5
-    (without,) = run(scorer_of(here.engine, deterministic=deterministic), [second])
+    (without,) = run(reusing(here.engine, deterministic=deterministic), [second])
     assert other.num_cached_tokens in (len(lead), 2 * len(lead))  # by itself, a caption that merges at the seam has a prefix of its own
     assert other.num_computed_tokens == without.num_computed_tokens - other.num_cached_tokens
-    again = scorer_of(here.engine, lead_ids=lead, deterministic=deterministic)
+    again = reusing(here.engine, lead_ids=lead, deterministic=deterministic)
     together = run(again, [second, first])
     assert error(together[::-1], expected) <= 1e-5
     if deterministic:
@@ -546,7 +606,7 @@ def test_a_beginning_that_went_wrong_is_found_and_forgotten(worlds: Worlds, how:
     one, other = here.groups([(0, ("x", "the penguin"), None), (1, ("x", "the penguin"), None)])
     expected = score_plain(here.plain, [one, other])
     audited = 1 if how == "audit" else 0
-    scorer = scorer_of(here.engine, metrics=metrics, lead_ids=here.encoder.lead_ids, audit_every=audited, max_bytes=(MIB, MIB, 0))
+    scorer = reusing(here.engine, metrics=metrics, lead_ids=here.encoder.lead_ids, audit_every=audited, max_bytes=(MIB, MIB, 0))
     run(scorer, [one])
     assert error(run(scorer, [one]), expected[:1]) <= 1e-5
     assert not sample(metrics, "reward_cache_audit_mismatches_total", cache="prefixes")
@@ -560,7 +620,7 @@ def test_a_beginning_that_went_wrong_is_found_and_forgotten(worlds: Worlds, how:
 def test_a_beginning_that_gave_no_finite_score_is_not_kept(worlds: Worlds) -> None:
     here = worlds("vision")
     (group,) = here.groups([(0, ("x",), None)])
-    scorer = scorer_of(here.engine, lead_ids=here.encoder.lead_ids)
+    scorer = reusing(here.engine, lead_ids=here.encoder.lead_ids)
     weight = here.model.head.linear.weight
     kept = weight.clone()
     weight.fill_(torch.nan)
@@ -577,22 +637,22 @@ def test_deterministic_scores_know_where_a_row_leaves_its_prefix(worlds: Worlds)
     here = worlds("raw")
     text = "the penguin brought an umbrella to the office"
     groups = here.groups([(0, (text[cut:],), text[:cut]) for cut in (4, 12, 20, 31)])
-    deterministic = scorer_of(here.engine, deterministic=True)
+    deterministic = reusing(here.engine, deterministic=True)
     warm = [run(deterministic, [group])[0].values for group in groups]
-    alone = [run(scorer_of(here.engine, deterministic=True), [group])[0].values for group in groups]
+    alone = [run(reusing(here.engine, deterministic=True), [group])[0].values for group in groups]
     assert warm == alone
 
 
 def test_deterministic_with_an_empty_prefix(worlds: Worlds) -> None:
     here = worlds("raw")
     groups = here.groups(EMPTY_PREFIX)
-    assert error(run(scorer_of(here.engine, deterministic=True), groups), score_plain(here.plain, groups)) <= 1e-5
+    assert error(run(reusing(here.engine, deterministic=True), groups), score_plain(here.plain, groups)) <= 1e-5
 
 
 def test_an_image_cut_by_the_prefix_is_refused_with_a_kept_prefix_too(worlds: Worlds) -> None:
     here = worlds("vision")
     (group,) = here.groups([(1, ("x", "the penguin"), None)])
-    scorer = scorer_of(here.engine, max_bytes=(MIB, MIB, 0))
+    scorer = reusing(here.engine, max_bytes=(MIB, MIB, 0))
     run(scorer, [group])
     first = int(np.argmax(group.rows[0] == here.model.image_token_id))
     with pytest.raises(ValueError, match="does not lie whole"):

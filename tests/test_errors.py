@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from app import errors
-from app.errors import ApiError, BodyTimeout, PunchlineError, RequestError, StartRefused, Unavailable
+from app.errors import ApiError, BodyTimeout, DeviceHung, HeadTimeout, PunchlineError, RequestError, StartRefused, Unavailable
 
 ENTRY = re.compile(r"(?P<lead>[│├└─ ]*)(?P<name>[A-Z]\w+)(?:\s+(?P<status>[0-9]{3}))?")
 
@@ -73,6 +73,7 @@ def test_every_error_has_one_parent() -> None:
 STABLE = {
     "internal_error": 500,
     "bad_request": 400,
+    "bad_http": 400,
     "invalid_json": 400,
     "duplicate_key": 400,
     "too_deep": 400,
@@ -82,6 +83,7 @@ STABLE = {
     "not_found": 404,
     "image_unknown": 404,
     "method_not_allowed": 405,
+    "head_timeout": 408,
     "body_timeout": 408,
     "model_changed": 412,
     "body_too_large": 413,
@@ -91,6 +93,7 @@ STABLE = {
     "image_too_large": 413,
     "unsupported_media_type": 415,
     "image_format_not_allowed": 415,
+    "head_too_large": 431,
     "invalid_request": 422,
     "image_decode_failed": 422,
     "caption_rejected": 422,
@@ -99,6 +102,8 @@ STABLE = {
     "draining": 503,
     "not_ready": 503,
     "deadline_exceeded": 503,
+    "device_fault": 503,
+    "device_hung": 504,
     "scoring_failed": 500,
     "nonfinite_score": 500,
     "out_of_memory": 500,
@@ -117,11 +122,11 @@ def test_a_status_is_its_branchs(kind: type[ApiError]) -> None:
     if issubclass(kind, RequestError):
         assert 400 <= kind.status < 500
         assert kind.status != 429, "trainers never retry 4xx; overload is 503"
-        assert kind.retryable == (kind is BodyTimeout)
+        assert kind.retryable == (kind in {BodyTimeout, HeadTimeout})
     elif issubclass(kind, Unavailable):
         assert (kind.status, kind.retryable) == (503, True)
     else:
-        assert kind.status == 500
+        assert kind.status == (504 if kind is DeviceHung else 500)
 
 
 @pytest.mark.parametrize("kind", API)

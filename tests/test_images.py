@@ -16,10 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
-from app.errors import ApiError, ImageFormatNotAllowed, ImageRejected, ImageTooLarge, UrlNotAllowed
-from app.images import ImageLimits, decode_image, image_id, probe_image, read_image_field, shrink, shrunk_size
+from app.contracts import GroupEncoder
+from app.encoding import Encoder
+from app.errors import ApiError, ImageFormatNotAllowed, ImageRejected, ImageTooLarge, SettingsInvalid, UrlNotAllowed
+from app.images import ImageLimits, check_limits, decode_image, image_id, probe_image, read_image_field, shrink, shrunk_size
+from tests.fakes import FakeEncoder
 
 LIMITS = ImageLimits(max_bytes=1 << 20, max_pixels=1_000_000, min_side=16, max_aspect=10, formats=("JPEG", "PNG", "WEBP"))
 EVERYTHING = replace(LIMITS, formats=("JPEG", "PNG", "WEBP", "BMP", "GIF"))
@@ -288,7 +292,6 @@ def test_what_follows_the_picture_is_ignored_and_still_in_its_id(name: str) -> N
 
 @settings(max_examples=60)
 @given(st.sampled_from(sorted(ENCODED)), st.integers(0, 10_000), st.binary(min_size=1, max_size=4))
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of broken metadata; what counts is the answer
 def test_any_damage_is_a_picture_or_our_refusal(name: str, at: int, noise: bytes) -> None:
     data = ENCODED[name]
     at %= len(data)
@@ -418,6 +421,7 @@ PALETTE = PICTURE.quantize(16)
     ids=["RGB", "RGBA", "RGBA WEBP", "LA", "L", "L+tRNS", "RGB+tRNS", "P", "P+tRNS", "P+tRNS bytes", "1"],
 )
 def test_every_mode_becomes_rgb_and_alpha_is_dropped(data: bytes, expected: Image.Image) -> None:
+    """The catalogue wants alpha over the recipe's background; the recipes had none: they trained on `convert("RGB")`, which drops it."""
     assert np.array_equal(pixels(data), np.asarray(expected.convert("RGB")))
 
 
@@ -490,7 +494,6 @@ def test_a_jpeg_is_turned_too() -> None:
 ORIENTATION_AS_TEXT = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0six\0\0\0\0\0"
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's "Corrupt EXIF data"
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize(
     "exif",
@@ -525,8 +528,238 @@ def test_other_metadata_is_ignored(extra: bytes) -> None:
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
 def test_a_bomb_in_the_metadata_is_contained(kind: bytes) -> None:
+    """The catalogue would score it or answer 413. Pillow's own limits refuse the file as broken, before memory does."""
     bomb = chunk(kind, b"name\0\0" + zlib.compress(bytes(20 << 20)))
     assert refusal(png(64, 48, packed=zlib.compress(ROWS), extra=bomb)).status == 422
+
+
+# ---- structure: what a small file may make a decoder do
+
+
+def segment(code: int, data: bytes) -> bytes:
+    return bytes([0xFF, code]) + struct.pack(">H", len(data) + 2) + data
+
+
+def in_jpeg(extra: bytes, at: int = 2) -> bytes:
+    return ENCODED["JPEG"][:at] + extra + ENCODED["JPEG"][at:]
+
+
+def in_png(extra: bytes) -> bytes:
+    return png(64, 48, packed=zlib.compress(ROWS), extra=extra)
+
+
+def in_webp(extra: bytes) -> bytes:
+    data = ENCODED["WEBP"]
+    canvas = b"VP8X" + struct.pack("<II", 10, 0) + (63).to_bytes(3, "little") + (47).to_bytes(3, "little")
+    body = b"WEBP" + canvas + data[12:] + extra
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def with_scans(count: int, between: bytes = b"") -> bytes:
+    """A progressive JPEG of so many scans: the last one again and again, its tables before it."""
+    data = ENCODED["JPEG progressive"]
+    last = data.rindex(b"\xff\xc4")
+    return data[:-2] + (between + data[last:-2]) * (count - data.count(b"\xff\xda")) + data[-2:]
+
+
+PROFILE = chunk(b"iCCP", b"name\0\0" + zlib.compress(bytes(1000)))
+SCAN_HEADER = b"\xff\xda\0\x08\1\1\0\0\x3f\0"
+TOO_COMPLEX = {
+    "scans": with_scans(65),
+    "scans by the thousand": with_scans(800),
+    "scans that a shorter reading would hide": with_scans(11, between=b"\xff\x02\xff\xff" + SCAN_HEADER * 60),
+    "scans before the end of a first picture": with_scans(65) + ENCODED["JPEG"],
+    "segments": in_jpeg(segment(0xFE, b"") * 10_000),
+    "ends before any scan": in_jpeg(b"\xff\xd9" * 10_000),
+    "starts": in_jpeg(b"\xff\xd8" * 10_000),
+    "fill bytes": in_jpeg(b"\xff" * 140_000),
+    "restart marks": in_jpeg(b"\xff\xd0" * 70_000),
+    "quantization tables": in_jpeg(segment(0xDB, (b"\0" + b"\1" * 64) * 700) * 3),
+    "unknown segments, gone through byte by byte": in_jpeg(segment(0xF0, bytes(60_000)) * 3),
+    "no scan and no end": ENCODED["JPEG"][: ENCODED["JPEG"].index(b"\xff\xda")] + bytes(140_000),
+    "text chunks": in_png(chunk(b"tEXt", b"a\0b") * 10_000),
+    "unknown chunks": in_png(chunk(b"prVt", b"") * 10_000),
+    "empty pixel chunks": in_png(chunk(b"IDAT", b"") * 10_000),
+    "colour profiles": in_png(PROFILE * 2),
+    "WEBP chunks": in_webp((b"prVt" + bytes(4)) * 10_000),
+}
+
+
+@pytest.mark.parametrize("name", TOO_COMPLEX)
+def test_a_picture_of_too_many_parts_is_refused_before_anything_opens_it(name: str) -> None:
+    """In 10 MB there is room for 338,000 scans of 31 bytes, each a pass over 16 million pixels: an hour of one thread."""
+    data = TOO_COMPLEX[name]
+    opened_by_none = replace(LIMITS, formats=("BMP",))  # whoever comes to open it says that the format is not allowed
+    for found in (refusal(data), _probe_refusal(data), refusal(data, opened_by_none)):
+        assert (found.status, found.code, found.field) == (422, "image_too_complex", "image")
+    assert len(data) < LIMITS.max_bytes
+
+
+@pytest.mark.parametrize("name", ["scans", "fill bytes", "restart marks", "text chunks", "unknown chunks", "WEBP chunks"])
+def test_pillow_alone_would_take_them(name: str) -> None:
+    """So it is the limit that refuses them, and nothing else would."""
+    with Image.open(io.BytesIO(TOO_COMPLEX[name])) as image:
+        image.load()
+        assert image.size == (64, 48)
+
+
+AT_THE_LIMIT = {
+    "64 scans": with_scans(64),
+    "scans after the end": ENCODED["JPEG"] + SCAN_HEADER * 100,
+    "scans in a comment": in_jpeg(segment(0xFE, SCAN_HEADER * 100)),
+    "scans in a comment between scans": with_scans(11, between=segment(0xFE, SCAN_HEADER * 100)),
+    "scans in a thumbnail": in_jpeg(segment(0xE1, b"Exif\0\0" + SCAN_HEADER * 100 + b"\xff\xd9")),
+    "600 kB of metadata": in_jpeg(segment(0xE1, b"Exif\0\0" + bytes(60_000)) * 10),
+    "Photoshop blocks": in_jpeg(segment(0xED, b"Photoshop 3.0\0" + (b"8BIM" + bytes(8)) * 5000) * 8),
+    "9,900 comments": in_jpeg(segment(0xFE, b"") * 9_900),
+    "100 kB of fill bytes": in_jpeg(b"\xff" * 100_000),
+    "10,000 PNG chunks": in_png(chunk(b"prVt", b"") * 9_997),
+    "one colour profile": in_png(PROFILE),
+    "10,000 WEBP chunks": in_webp((b"prVt" + bytes(4)) * 9_998),
+    "chunks after the end of a PNG": ENCODED["PNG"] + chunk(b"prVt", b"") * 20_000,
+    "chunks after the end of a WEBP": ENCODED["WEBP"] + (b"prVt" + bytes(4)) * 20_000,
+}
+
+
+@pytest.mark.parametrize("name", AT_THE_LIMIT)
+def test_a_picture_up_to_the_limits_is_the_picture(name: str) -> None:
+    decoded = decode_image(AT_THE_LIMIT[name], LIMITS, exif_transpose=True)
+    assert np.array_equal(decoded.pixels, turned_by_pillow(AT_THE_LIMIT[name]))
+    assert decoded.image_id == image_id(AT_THE_LIMIT[name])
+
+
+def exif_of(entries: list[tuple[int, int, int, bytes]], order: str = ">", claimed: int | None = None) -> bytes:
+    """EXIF by hand: (tag, kind, number, four bytes of value or offset)."""
+    head = (b"MM\0*" if order == ">" else b"II*\0") + struct.pack(order + "IH", 8, len(entries) if claimed is None else claimed)
+    return head + b"".join(struct.pack(order + "HHI", *entry[:3]) + entry[3] for entry in entries) + bytes(4)
+
+
+UPSIDE_DOWN = (0x112, 3, 1, b"\0\3\0\0")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_exif_of_any_length_costs_a_few_tags_and_no_warning(kind: str) -> None:
+    """Pillow reads all 65,535 and warns of each; warnings are errors here. The turn is found among the first 512."""
+    broken = [(1 + number % 250, 5, 1, b"\xff\xff\xff\xff") for number in range(5000)]
+    for entries, turned in (([UPSIDE_DOWN, *broken], True), ([*broken, UPSIDE_DOWN], False)):
+        for claimed in (len(entries), 65_535):
+            exif = b"Exif\0\0" + exif_of(entries, claimed=claimed)
+            data = saved(PICTURE, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+            expected = pixels(data)[::-1, ::-1] if turned else pixels(data)
+            assert np.array_equal(pixels(data, exif_transpose=True), expected)
+
+
+entries = st.tuples(
+    st.sampled_from([0x10F, 0x112, 0x112, 0x128]), st.sampled_from([1, 2, 3, 3, 4, 8, 9]), st.just(1), st.binary(min_size=4, max_size=4)
+)
+small = st.tuples(st.just(0x112), st.sampled_from([3, 4]), st.just(1), st.sampled_from([b"\0\6\0\0", b"\0\0\0\6", b"\6\0\0\0"]))
+
+
+@settings(max_examples=150)
+@given(st.lists(entries | small, max_size=4), st.sampled_from("<>"), st.sampled_from(["PNG", "JPEG", "WEBP"]), st.booleans())
+def test_our_reading_of_the_turn_is_pillows(found: list[tuple[int, int, int, bytes]], order: str, kind: str, twice: bool) -> None:
+    exif = b"Exif\0\0" * (1 + (twice and kind != "PNG")) + exif_of(found, order)
+    data = saved(PICTURE, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    assert np.array_equal(pixels(data, exif_transpose=True), turned_by_pillow(data))
+
+
+def turned_by_pillow(data: bytes) -> NDArray[np.uint8]:
+    """What Pillow makes of the same bytes; the turn alone, as it would write the other tags anew and stumble over broken ones."""
+    with Image.open(io.BytesIO(data)) as image:
+        upright = Image.fromarray(np.asarray(image.convert("RGB")))
+        upright.getexif()[0x112] = image.getexif().get(0x112, 1)
+    return np.asarray(ImageOps.exif_transpose(upright))
+
+
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="3"/></x:xmpmeta>'
+RAW = "\nexif\n      40\n" + (b"Exif\0\0" + exif_of([UPSIDE_DOWN])).hex()
+
+
+def _png_text(key: str, text: str) -> bytes:
+    info = PngInfo()
+    info.add_itxt(key, text) if key.startswith("XML") else info.add_text(key, text, zip=True)
+    return saved(PICTURE, "PNG", pnginfo=info)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved(PICTURE, "JPEG", xmp=XMP),
+        saved(PICTURE, "WEBP", lossless=True, xmp=XMP),
+        _png_text("XML:com.adobe.xmp", XMP.decode()),
+        _png_text("Raw profile type exif", RAW),
+    ],
+    ids=["JPEG", "WEBP", "PNG", "ImageMagick's PNG"],
+)
+def test_a_turn_outside_exif_is_found_where_pillow_finds_it(data: bytes) -> None:
+    assert np.array_equal(pixels(data, exif_transpose=True), pixels(data)[::-1, ::-1])
+    assert np.array_equal(pixels(data, exif_transpose=True), turned_by_pillow(data))
+
+
+def test_a_raw_profile_that_is_no_hexadecimal_is_no_turn() -> None:
+    assert np.array_equal(pixels(_png_text("Raw profile type exif", "\nexif\n4\nzzzz"), exif_transpose=True), PIXELS)
+
+
+def test_a_picture_with_a_gain_map_is_one_picture() -> None:
+    several = saved(PICTURE, "MPO", save_all=True, append_images=[PICTURE])
+    gain_map = several[:2] + segment(0xE1, b'http://ns.adobe.com/xap/1.0/\0<x hdrgm:Version="1.0"/>') + several[2:]
+    assert isinstance(refusal(several), ImageFormatNotAllowed)
+    assert pixels(gain_map).shape == (48, 64, 3)
+
+
+# ---- limits that the encoder cannot keep
+
+
+class ThinEncoder(FakeEncoder):
+    """Refuses what is slimmer than 50:1 after its long side became 448, as a recipe would."""
+
+    def image_tokens(self, width: int, height: int) -> int:
+        short, long = sorted(shrunk_size(width, height, 448))
+        if long > 50 * short:
+            raise ImageRejected("the image is too long and thin for the model", code="image_bad_dimensions")
+        return super().image_tokens(width, height)
+
+
+def or_start_refused(limits: ImageLimits, encoder: GroupEncoder) -> SettingsInvalid | None:
+    try:
+        check_limits(limits, encoder)
+    except SettingsInvalid as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize(
+    ("encoder", "min_side", "max_aspect", "fits"),
+    [
+        (FakeEncoder(), 16, 100, True),
+        (ThinEncoder(), 16, 10, True),
+        (ThinEncoder(), 16, 49, True),
+        (ThinEncoder(), 16, 55, False),
+        (ThinEncoder(), 1, 60, False),
+        (ThinEncoder(), 16, 1, True),
+        (ThinEncoder(takes_images=False), 16, 200, True),
+    ],
+)
+def test_limits_that_let_in_what_the_encoder_refuses_stop_the_start(
+    encoder: GroupEncoder, min_side: int, max_aspect: float, fits: bool
+) -> None:
+    limits = replace(LIMITS, min_side=min_side, max_aspect=max_aspect)
+    found = or_start_refused(limits, encoder)
+    said = rf"min_image_side {min_side} and max_image_aspect {max_aspect} allow a picture of \d+ x \d+, but .* too long and thin .*"
+    assert found is None if fits else re.fullmatch(said, str(found))
+
+
+def test_the_default_limits_suit_the_real_encoder(encoder: Encoder) -> None:
+    check_limits(replace(LIMITS, max_pixels=16_000_000, max_aspect=100), encoder)
+
+
+def test_the_start_is_refused_while_cut_files_would_pass() -> None:
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        with pytest.raises(SettingsInvalid, match="LOAD_TRUNCATED_IMAGES"):
+            check_limits(LIMITS, FakeEncoder())
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 # ---- shrinking

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,15 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm, apply_rotary_pos_emb, apply_rotary_pos_emb_vision
 
 from app.artifacts import Artifact
+from app.contracts import EncodedGroup
 from app.encoding import Encoder
-from app.layers import PrepackedLinear, can_prepack, norm, plus, prepack, rotate, silu, times
+from app.engine import Engine
+from app.layers import PrepackedLinear, can_prepack, compiled_steps, norm, plus, prepack, rotate, silu, times
+from app.main import running
 from app.model import load_model
 from app.scoring import score_plain
-from tests.tiny import encode
+from app.service import GroupRequest
+from app.serving import describe
+from app.settings import load_settings
+from tests.scorers import MIB, reusing
+from tests.tiny import encode, picture
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -228,3 +241,108 @@ def test_rotate_takes_views_and_leaves_lengths_alone() -> None:
     turned = rotate(query, angles.cos(), angles.sin())
     assert torch.allclose(turned.norm(dim=-1), query.norm(dim=-1), rtol=1e-5)
     assert torch.allclose(rotate(turned, angles.cos(), -angles.sin()), query, atol=1e-5)
+
+
+# Compiled
+
+
+torchs_own = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # its compiler imports what it deprecates
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler here")
+CPU = torch.device("cpu")
+LENGTHS = (2, 3, 5, 16, 17, 31, 48, 64, 100, 333)
+
+
+def num_compiled() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+@torch.inference_mode()
+def all_steps(num_tokens: int, width: int) -> list[Tensor]:
+    """Every step on the same numbers, whoever calls and however often."""
+    generator = torch.Generator().manual_seed(width)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    linear = nn.Linear(width, width)
+    linear.weight, linear.bias = (nn.Parameter(draw(*shape), requires_grad=False) for shape in ((width, width), (width,)))
+    layer = Qwen2_5_VLRMSNorm(width, eps=1e-6).requires_grad_(False)
+    x, other, angles = draw(num_tokens, width), draw(num_tokens, width), draw(num_tokens, 1, 8)
+    turned = rotate(x.view(num_tokens, width // 16, 16), angles.cos(), angles.sin())
+    return [norm(x, layer), turned, silu(linear, x), times(linear, x, other), plus(linear, x, other)]
+
+
+@needs_compiler
+@torchs_own
+def test_compiled_steps_compute_the_same_and_compile_once_for_all_lengths() -> None:
+    expected = [all_steps(length, 80) for length in (1, 0, *LENGTHS)]
+    with compiled_steps(CPU):
+        before = num_compiled()
+        all_steps(64, 80)
+        after = num_compiled()
+        assert after - before == 5
+        found = [all_steps(length, 80) for length in (1, 0, *LENGTHS)]
+        assert num_compiled() == after
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.allclose(one, other, atol=1e-5, rtol=1e-5) for one, other in zip(ours, theirs, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(all_steps(17, 80), expected[2 + LENGTHS.index(17)], strict=True))
+
+
+@needs_compiler
+@torchs_own
+def test_another_thread_compiles_nothing_again() -> None:
+    """The practice batch runs on the main thread, requests on the device's."""
+    with compiled_steps(CPU), ThreadPoolExecutor(1) as device_thread:
+        here = all_steps(64, 80)
+        before = num_compiled()
+        there = device_thread.submit(all_steps, 64, 80).result()
+        assert num_compiled() == before
+    assert all(torch.equal(one, other) for one, other in zip(here, there, strict=True))
+
+
+@needs_compiler
+@torchs_own
+def test_a_compiled_model_gives_the_same_scores_and_deterministic_ones_in_any_company(artifact: Artifact, encoder: Encoder) -> None:
+    captions = ["the penguin", "an iceberg", "x", "", "the penguin again and again, at length"]
+    groups = [encode(encoder, (300, 200), 0, captions), encode(encoder, (120, 260), 1, captions[:2], "Be kind.")]
+    alone = [encode(encoder, (300, 200), 0, [caption]) for caption in reversed(captions)]
+    engine = Engine(load_model(artifact).model)
+    expected = scores_of(engine, [groups], deterministic=False)
+    with compiled_steps(CPU):
+        found = scores_of(engine, [groups], deterministic=False)
+        together = scores_of(engine, [groups], deterministic=True)
+        single = scores_of(engine, [[group] for group in alone], deterministic=True)
+    assert max(abs(one - other) for one, other in zip(found, expected, strict=True)) <= 1e-5
+    assert found != expected  # else nothing was compiled
+    assert together[: len(captions)] == single[::-1]
+
+
+def scores_of(engine: Engine, batches: list[list[EncodedGroup]], *, deterministic: bool) -> list[float]:
+    """By a scorer that remembers no score."""
+    scorer = reusing(engine, max_bytes=(MIB, MIB, 0), deterministic=deterministic)
+    return [value for groups in batches for scores in scorer.score(scorer.prepare(groups)) for value in scores.values]
+
+
+@needs_compiler
+@torchs_own
+@pytest.mark.anyio
+async def test_a_server_compiles_at_start_and_in_no_request(published: Path) -> None:
+    """Pictures and captions of lengths that were not met before."""
+    options = {"model": str(published), "offline": True, "num_threads": 1, "score_cache_bytes": 0}
+    async with running(load_settings(**options, compile=True)) as runtime:
+        before = num_compiled()
+        told = describe(runtime)["runtime"]
+        for number, size in enumerate([(90, 60), (400, 300), (30, 200)]):
+            asked = GroupRequest(("x", "the penguin " * (number + 1), ""), image=picture(*size, number), prompt="Be kind. " * number)
+            assert (await runtime.service.score([asked], timeout_s=60))[0].scores
+        assert num_compiled() == before
+    assert told["compile"]
+    assert told["attention"] == {"text": "cpu", "images": "cpu"}
+
+
+def test_without_a_compiler_the_start_is_refused(tmp_path: Path) -> None:
+    """In a process that finds no program at all, nor what others compiled before."""
+    script = "import torch\nfrom app.layers import compiled_steps\nwith compiled_steps(torch.device('cpu')):\n    print('compiled')"
+    variables = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=variables, check=False, timeout=300)
+    assert "compiled" not in done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("app.errors.SettingsInvalid: PUNCHLINE_COMPILE: this machine cannot compile for cpu (")
+    assert "No working C++ compiler" in last

@@ -23,14 +23,14 @@ from app.dispatch import Answer, Batch, Dispatch
 from app.errors import ApiError, DeadlineExceeded, DoesNotFit, NonfiniteScore, OutOfMemory, ScoringFailed
 from app.metrics import Metrics
 from app.planning import plan_batch
-from app.reuse import Answer as Computed
-from app.reuse import Caches, KeptPrefix, ReusingScorer, Share
+from app.reuse import Caches, Computed, KeptPrefix, ReusingScorer, Share
 from tests.loop_fakes import sample
 
 METRICS = Metrics()  # of all examples together: nothing in them may ever be a mismatch
 UNBOUNDED = 1000
 Features = tuple[str, str]  # (fingerprint, image id)
 KeysValues = tuple[str, str, tuple[int, ...]]  # (fingerprint, image id, ids)
+LEAD = np.arange(900, 908)  # what every chat begins with
 
 
 def truth(fingerprint: str, image_id: str, ids: Sequence[int]) -> float:
@@ -39,11 +39,11 @@ def truth(fingerprint: str, image_id: str, ids: Sequence[int]) -> float:
 
 
 def row_of(prompt: int, caption: str) -> tuple[Ids, int]:
-    """The ids of a chat, and how many any caption of the prompt shares with it: a caption on `b` merges with the last one."""
-    prefix = [1000 + prompt * 10 + place for place in range(4 + prompt)]
-    if caption.startswith("b"):
-        prefix[-1] += 5
-    return np.array([*prefix, *caption.encode()], dtype=np.int64), len(prefix) - caption.startswith("b")
+    """The ids of a chat, and how many any caption of the prompt shares with it: on `b` it merges with the last one, on `c` with nine."""
+    prefix = [*LEAD.tolist(), *(1000 + prompt * 50 + place for place in range(10 + prompt))]
+    merged = {"b": 1, "c": 9}.get(caption[0], 0)
+    own = len(prefix) - merged
+    return np.array([*prefix[:own], *(each + 25 for each in prefix[own:]), *caption.encode()], dtype=np.int64), own
 
 
 def group_of(image: str, prompt: int, captions: Sequence[str]) -> EncodedGroup:
@@ -55,13 +55,23 @@ def group_of(image: str, prompt: int, captions: Sequence[str]) -> EncodedGroup:
 class Device:
     """A backend whose scores come from what it was given: a wrong picture or a wrong prefix gives a wrong score."""
 
+    num_with_lead: ClassVar[int] = 0  # shares of all devices: behind what every chat begins with
+    num_lengthened: ClassVar[int] = 0  # and behind a kept prefix, picture included
+
     def __init__(self, fingerprint: str) -> None:
         self.fingerprint = fingerprint
         self.max_rows = UNBOUNDED
         self.fault: str | None = None
+        self.is_crowded = False
         self.refused: set[tuple[str, bytes]] = set()  # rows given NaN in this forward: (image id, ids)
 
-    def image_features(self, image: EncodedImage) -> Features:
+    def stage(self, image: EncodedImage) -> str:
+        if self.is_crowded:
+            raise OutOfMemory("no room for a copy")
+        return image.image_id
+
+    def image_features(self, image: EncodedImage, staged: str | None) -> Features:
+        assert staged in (None, image.image_id)
         return self.fingerprint, image.image_id
 
     def forward(self, shares: Sequence[Share[Features, KeysValues]]) -> list[Computed[KeysValues]]:
@@ -74,10 +84,22 @@ class Device:
     def _computed(self, share: Share[Features, KeysValues]) -> Computed[KeysValues]:
         kept = share.kept
         if kept is None:
-            assert share.features is not None
-            ids = tuple(share.prefix_ids.tolist())
-            kept = KeptPrefix(share.prefix_ids, (*share.features, ids), num_bytes=len(ids))
+            kept = KeptPrefix(share.prefix_ids, self._keys_values(share), num_bytes=share.num_prefix)
         return Computed(tuple(self._score(kept, share, row) for row in share.rows), kept)
+
+    def _keys_values(self, share: Share[Features, KeysValues]) -> KeysValues:
+        """Of a whole prefix: what its known beginning holds, then what is new. A beginning of another model or picture shows."""
+        fingerprint, image_id, known = (self.fingerprint, "", ()) if share.lead is None else share.lead.keys_values
+        if share.image is not None and not image_id:
+            assert share.features is not None
+            image_id = share.features[1]
+        else:
+            assert share.features is None
+        Device.num_with_lead += share.lead is not None and not share.lead.keys_values[1]
+        Device.num_lengthened += share.lead is not None and bool(share.lead.keys_values[1])
+        made_by = (share.features or (self.fingerprint, ""))[0]
+        ids = (*known, *share.prefix_ids[len(known) :].tolist())
+        return fingerprint if fingerprint == made_by else f"{fingerprint} and {made_by}", image_id, ids
 
     def _score(self, kept: KeptPrefix[KeysValues], share: Share[Features, KeysValues], row: Ids) -> float:
         if self.fault == "nan" and not self.refused:
@@ -109,7 +131,7 @@ GROUPS = st.builds(
     group_of,
     st.sampled_from(["x", "y"]),
     st.integers(0, 1),
-    st.lists(st.sampled_from(["a", "aaaa", "bb"]), min_size=1, max_size=4),
+    st.lists(st.sampled_from(["a", "aaaa", "bb", "c"]), min_size=1, max_size=4) | st.sampled_from([["c"], ["cc"], ["aa"]]),
 )
 
 
@@ -119,7 +141,7 @@ class StatesMachine(RuleBasedStateMachine):
     num_steps: ClassVar[int] = 0  # of all machines
 
     @initialize(
-        budget=st.integers(6, 40),
+        budget=st.integers(20, 80),
         num_kept=st.sampled_from([0, 3, 6, 12, 12]),
         audit_every=st.sampled_from([0, 2, 3]),
         deterministic=st.booleans(),
@@ -131,7 +153,7 @@ class StatesMachine(RuleBasedStateMachine):
         self.now = 100.0
         self.caches = Caches(
             WatchedCache("features", num_kept // 3, lambda _: 1, METRICS),
-            WatchedCache("prefixes", num_kept * 2, lambda kept: kept.num_bytes, METRICS),
+            WatchedCache("prefixes", num_kept * 8, lambda kept: kept.num_bytes, METRICS),
             WatchedCache("scores", num_kept, lambda _: 1, METRICS),
         )
         self.devices = {name: Device(name) for name in ("old", "new")}
@@ -144,6 +166,7 @@ class StatesMachine(RuleBasedStateMachine):
                 score_tolerance=0.0,
                 deterministic=deterministic,
                 audit_every=audit_every,
+                lead_ids=LEAD,
             )
             for name, device in self.devices.items()
         }
@@ -211,12 +234,15 @@ class StatesMachine(RuleBasedStateMachine):
         self.planned.update(jobs)
 
     @precondition(lambda self: self.preparing)
-    @rule(fault=st.sampled_from([None, None, None, None, "raise", "memory"]))
-    def prepare(self, fault: str | None) -> None:
+    @rule(fault=st.sampled_from([None, None, None, None, "raise", "memory"]), crowded=st.booleans())
+    def prepare(self, fault: str | None, crowded: bool) -> None:
+        """On a crowded device there is no room to send pictures ahead, which is nobody's fault."""
         StatesMachine.num_steps += 1
         batch, self.preparing = self.preparing, None
         assert batch is not None
         if fault is None:
+            self.made_ready = batch
+            self.devices[self.model].is_crowded = crowded
             self.core.ready((self.model, self.scorers[self.model].prepare(batch.groups)))
         else:
             self.fail(batch, ValueError("cannot be made ready") if fault == "raise" else OutOfMemory("no room for a copy"))
@@ -228,8 +254,11 @@ class StatesMachine(RuleBasedStateMachine):
     def begin(self) -> None:
         StatesMachine.num_steps += 1
         started = self.core.start(self.now)
-        assert started is not None
+        if started is None:
+            assert all(piece.job.future.cancelled() or self.answers[piece.job] for piece in self.made_ready.pieces)
+            return
         self.running, self.prepared = started
+        assert self.running is self.made_ready
         assert all(piece.job.arrived <= piece.job.started <= self.now for piece in self.running.pieces)
 
     @precondition(lambda self: self.running)
@@ -302,7 +331,7 @@ class StatesMachine(RuleBasedStateMachine):
             elif self.core.wants_start:
                 self.begin()
             elif self.preparing:
-                self.prepare(None)
+                self.prepare(None, crowded=False)
             elif self.core.wants_plan:
                 self.plan()
             else:
@@ -321,7 +350,7 @@ class StatesMachine(RuleBasedStateMachine):
         StatesMachine.num_steps += 1
         for number in range(count):
             self.caches.scores.put(f"something else {number}", 0.5)
-            self.caches.prefixes.put(f"something else {number}", KeptPrefix(np.array([1]), ("", "", ()), 1))
+            self.caches.prefixes.put(f"something else {number}", KeptPrefix(np.array([1]), ("", "", ()), 4))
 
     @invariant()
     def no_audit_failed(self) -> None:
@@ -388,8 +417,8 @@ def begun(core: Dispatch) -> Batch:
 
 
 def test_a_batch_that_was_full_until_somebody_left_goes_on_gathering() -> None:
-    """Behind a running batch 12 of 12 tokens wait; one job leaves, so another may still join the rest."""
-    core = Dispatch(12)
+    """Behind a running batch 40 of 40 tokens wait; one job leaves, so another may still join the rest."""
+    core = Dispatch(40)
     added(core, "first", "aa")
     begun(core)
     stays, leaves = added(core, "x", "aa"), added(core, "y", "aa")
@@ -428,5 +457,7 @@ def test_100_000_steps() -> None:
     while StatesMachine.num_steps < 100_000:
         run_state_machine_as_test(StatesMachine, settings=thorough)
     hits = {cache: sample(METRICS, "reward_cache_lookups_total", cache=cache, result="hit") for cache in ("features", "prefixes", "scores")}
-    print(f"{StatesMachine.num_steps:,} steps, hits: {hits}")
+    beginnings = {"of all": Device.num_with_lead, "kept too short": Device.num_lengthened}
+    print(f"{StatesMachine.num_steps:,} steps, hits: {hits}, beginnings: {beginnings}")
     assert all(count > 300 for count in hits.values())
+    assert all(count > 50 for count in beginnings.values())

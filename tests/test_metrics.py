@@ -82,7 +82,7 @@ def test_nothing_unknown_is_used() -> None:
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("items", {"scored", "null", "failed"}),
+        ("items", {"scored", "null", "client_error", "rejected", "failed", "cancelled"}),
         ("batches", {"ok", "split", "failed"}),
         ("tokens", {"requested", "computed", "cached"}),
         ("stage_duration", {"decode", "encode", "queue", "forward"}),

@@ -22,7 +22,7 @@ from app.heads import LinearHead
 from app.model import LoadedModel, RewardModel, load_backbone, load_model, resolve_device, resolve_dtype
 from app.packing import pack
 from app.scoring import score_plain, score_shared
-from tests.tiny import copy_artifact, edit_json, edit_tensors, encode
+from tests.tiny import copy_artifact, edit_json, edit_tensors, encode, write_text_only
 
 CAPTIONS = ["the penguin", "an iceberg, they said", "企鵝 <|im_end|>", "", "the penguin again and again, at length"]
 Tensors = dict[str, torch.Tensor]
@@ -167,7 +167,8 @@ def test_loading_leaves_one_copy_of_the_weights(artifact: Artifact) -> None:
 
 
 def num_tensor_bytes() -> int:
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and not each.is_mkldnn]  # prepacked: opaque
+    kinds = (torch.Tensor, torch.nn.Parameter)  # a compiler leaves others, of no memory
+    tensors = [each for each in gc.get_objects() if type(each) in kinds and not each.is_mkldnn]  # prepacked: opaque
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
@@ -213,6 +214,11 @@ def spoil(part: str, value: float) -> Callable[[Tensors], object]:
 
 def remove(part: str) -> Callable[[Tensors], object]:
     return lambda tensors: tensors.pop(min(name for name in tensors if part in name))
+
+
+def rename(tensors: Tensors, name_of: Callable[[str], str]) -> None:
+    for name in list(tensors):
+        tensors[name_of(name)] = tensors.pop(name)
 
 
 def other_family(root: Path) -> None:
@@ -262,11 +268,13 @@ FAULTS: dict[str, tuple[Damage, str]] = {
         adapter(lambda tensors: tensors.update({"base_model.model.extra.lora_A.weight": torch.ones(4, 4)})),
         "1 unexpected adapter keys, first base_model.model.extra.lora_A.weight",
     ),
-    "older names of the backbone": (
-        adapter(
-            lambda tensors: [tensors.__setitem__(name.replace("language_model", "model"), tensors.pop(name)) for name in list(tensors)]
-        ),
-        "missing adapter keys",
+    "an adapter under names of no layout": (
+        adapter(lambda tensors: rename(tensors, lambda name: name.replace("language_model", "text"))),
+        r"28 missing adapter keys, first (base_model\.model\.language_model\.layers\.0\.\S+(, )?){3}$",
+    ),
+    "an adapter key under two names": (
+        adapter(lambda tensors: tensors.update({"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(4, 64)})),
+        "1 weights under two names, first base_model.model.language_model.layers.0.mlp.up_proj.lora_A.weight",
     ),
     "an empty adapter": (adapter(dict.clear), "holds no tensors"),
     "a truncated adapter": (cut(ADAPTER, 0.7), r"adapter_model.safetensors: cannot be read"),
@@ -315,6 +323,14 @@ FAULTS: dict[str, tuple[Damage, str]] = {
         text_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0, "mrope_section": [2, 3, 3]}),
         "config.json: rope_type 'dynamic'",
     ),
+    "a base under names of no layout": (
+        base(lambda tensors: rename(tensors, lambda name: f"net.{name}")),
+        r"base: 56 missing keys in the base weights, first (language_model\.\S+(, )?){3}$",
+    ),
+    "a base weight under two names": (
+        base(lambda tensors: tensors.update({"model.visual.merger.ln_q.weight": torch.ones(48)})),
+        r"model.safetensors: 1 weights under two names, first visual.merger.ln_q.weight$",
+    ),
     "a base weight missing": (base(remove("layers.1.mlp")), "base: 1 missing keys in the base weights, first language_model.layers.1.mlp"),
     "a base weight too many": (base(lambda tensors: tensors.update({"visual.extra": torch.ones(2)})), "1 unexpected keys .*visual.extra"),
     "a base weight of another shape": (
@@ -349,6 +365,60 @@ def test_what_does_not_fit_is_refused_in_one_line(published: Path, tmp_path: Pat
         load_model(open_artifact(str(root), base_model=override, offline=True))
     assert str(tmp_path) in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def in_whole_model(name: str) -> str:
+    """Of a base weight as it was published, what transformers calls it now."""
+    return f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.")
+
+
+BASE_LAYOUTS: dict[str, Callable[[str], str]] = {
+    "of the whole model since transformers 5": in_whole_model,
+    "of the backbone": lambda name: in_whole_model(name).removeprefix("model."),
+    "new for the pictures, old for the text": lambda name: name.replace("visual.", "model.visual."),
+    "old for the pictures, new for the text": lambda name: in_whole_model(name).replace("model.visual.", "visual."),
+}
+ADAPTER_LAYOUTS: dict[str, Callable[[str], str]] = {
+    "of the whole model since transformers 5": lambda name: name.replace("base_model.model.", "base_model.model.model."),
+    "of the whole model before": lambda name: name.replace("model.language_model.", "model.model."),
+}
+
+
+@pytest.mark.parametrize("layout", BASE_LAYOUTS)
+def test_a_base_is_read_under_any_of_its_published_names(published: Path, loaded: LoadedModel, tmp_path: Path, layout: str) -> None:
+    root = copy_artifact(published, tmp_path)
+    base(lambda tensors: rename(tensors, BASE_LAYOUTS[layout]))(root)
+    assert_equal_weights(load_model(open_artifact(str(root))), loaded)
+
+
+@pytest.mark.parametrize("layout", ADAPTER_LAYOUTS)
+def test_an_adapter_is_read_under_any_of_its_published_names(published: Path, loaded: LoadedModel, tmp_path: Path, layout: str) -> None:
+    root = copy_artifact(published, tmp_path)
+    adapter(lambda tensors: rename(tensors, ADAPTER_LAYOUTS[layout]))(root)
+    assert_equal_weights(load_model(open_artifact(str(root))), loaded)
+
+
+def test_a_text_only_adapter_of_the_whole_model(tmp_path: Path) -> None:
+    """peft put on a language model, or on its backbone as we do."""
+    root = write_text_only(tmp_path)
+    before = load_model(open_artifact(str(root)))
+    edit_tensors(root / ADAPTER, lambda tensors: rename(tensors, lambda name: name.replace("base_model.model.", "base_model.model.model.")))
+    edit_json(root / "reward_model_config.json", files={})
+    assert_equal_weights(load_model(open_artifact(str(root))), before)
+
+
+def test_a_base_of_new_names_is_written_so_that_it_is_read_again(published: Path, loaded: LoadedModel, tmp_path: Path) -> None:
+    """What export does with a backbone that was trained whole."""
+    root = copy_artifact(published, tmp_path)
+    base(lambda tensors: rename(tensors, in_whole_model))(root)
+    load_backbone(open_artifact(str(root)), torch.float32).save_pretrained(tmp_path / "again")
+    assert_equal_weights(load_model(open_artifact(str(root), base_model=str(tmp_path / "again"), offline=True)), loaded)
+
+
+def assert_equal_weights(found: LoadedModel, expected: LoadedModel) -> None:
+    ours, theirs = weights(found.model), weights(expected.model)
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_pickled_base_weights_are_not_read(published: Path, tmp_path: Path) -> None:

@@ -20,13 +20,14 @@ from app.caches import ByteBoundedCache
 from app.contracts import EncodedGroup, EncodedImage, Ids, Scores
 from app.errors import OutOfMemory
 from app.metrics import Metrics
-from app.reuse import Answer, Caches, KeptPrefix, ReusingScorer, Share
+from app.reuse import Caches, Computed, KeptPrefix, ReusingScorer, Share
 
 KeysValues = tuple[str, tuple[int, ...]]  # picture and ids it was computed from
 FakeShare = Share[str, KeysValues]
 FINGERPRINT = "f" * 64
 SCORE_BYTES, FEATURE_BYTES = 100, 50
 ROUNDING = 2**-40
+LEAD = np.arange(900, 909)  # what prompts that begin with `long` begin with, whatever the picture
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 
@@ -46,13 +47,24 @@ class FakeBackend:
     forwards: list[tuple[FakeShare, ...]] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)
     num_tokens: int = 0
+    staged: list[str] = field(default_factory=list)
+    used: list[str] = field(default_factory=list)  # of the pictures staged
+    max_staged: int = 1000  # pictures there is room for in each batch
 
-    def image_features(self, image: EncodedImage) -> str:
+    def stage(self, image: EncodedImage) -> str:
+        if len(self.staged) == self.max_staged:
+            raise OutOfMemory("no room for a copy")
+        self.staged.append(image.image_id)
+        return f"staged {image.image_id}"
+
+    def image_features(self, image: EncodedImage, staged: str | None) -> str:
         self._fail()
+        assert staged in (None, f"staged {image.image_id}")
+        self.used += [] if staged is None else [image.image_id]
         self.pictures.append(image.image_id)
         return image.image_id
 
-    def forward(self, shares: Sequence[FakeShare]) -> list[Answer[KeysValues]]:
+    def forward(self, shares: Sequence[FakeShare]) -> list[Computed[KeysValues]]:
         self._fail()
         self.forwards.append(tuple(shares))
         return [self._answer(share, place) for place, share in enumerate(shares)]
@@ -69,20 +81,21 @@ class FakeBackend:
         if fault is not None:
             raise fault
 
-    def _answer(self, share: FakeShare, place: int) -> Answer[KeysValues]:
+    def _answer(self, share: FakeShare, place: int) -> Computed[KeysValues]:
         assert all(np.array_equal(row[: share.num_prefix], share.prefix_ids) and len(row) > share.num_prefix for row in share.rows)
         prefix = share.kept
         if prefix is None:
-            assert (share.image is None) == (share.features is None)
-            own = (share.features or "", tuple(share.prefix_ids.tolist()))
-            prefix = KeptPrefix(share.prefix_ids, own, 10 * share.num_prefix)
-            self.num_tokens += share.num_prefix
+            picture, known = ("", ()) if share.lead is None else share.lead.keys_values
+            assert (share.image is None or picture != "") == (share.features is None)
+            ids = (*known, *share.prefix_ids[len(known) :].tolist())
+            prefix = KeptPrefix(share.prefix_ids, (share.features or picture, ids), 10 * share.num_prefix)
+            self.num_tokens += share.num_prefix - len(known)
         split = min(share.num_prefix, len(prefix.ids))
         self.num_tokens += sum(len(row) - split for row in share.rows)
         scores = [self._score(prefix.keys_values, split, row) for row in share.rows]
         if self.rounding:
             scores = [score + ROUNDING * (len(self.forwards[-1]) + 7 * len(scores) + 31 * place + at) for at, score in enumerate(scores)]
-        return Answer(tuple(scores), prefix)
+        return Computed(tuple(scores), prefix)
 
     def _score(self, keys_values: KeysValues, split: int, row: Ids) -> float:
         picture, ids = keys_values
@@ -123,7 +136,7 @@ class World:
     def beside(self, fingerprint: str) -> World:
         """Another model over the same caches and backend."""
         caches: Caches[str, KeysValues] = Caches(self.features, self.prefixes, self.scores)
-        scorer = ReusingScorer(self.backend, caches, fingerprint=fingerprint, metrics=self.metrics, score_tolerance=1e-6)
+        scorer = ReusingScorer(self.backend, caches, fingerprint=fingerprint, metrics=self.metrics, score_tolerance=1e-6, lead_ids=LEAD)
         return replace(self, scorer=scorer)
 
     def counted(self, name: str, cache: str) -> float:
@@ -142,7 +155,7 @@ def world(*, max_bytes: int | tuple[int, int, int] = 1 << 20, backend: FakeBacke
     prefixes = OpenCache("prefixes", sizes[1], lambda prefix: prefix.num_bytes, metrics)
     scores = OpenCache("scores", sizes[2], lambda each: SCORE_BYTES, metrics)
     caches: Caches[str, KeysValues] = Caches(features, prefixes, scores)
-    options = {"fingerprint": FINGERPRINT, "score_tolerance": 1e-6} | options
+    options = {"fingerprint": FINGERPRINT, "score_tolerance": 1e-6, "lead_ids": LEAD} | options
     return World(backend, metrics, features, prefixes, scores, ReusingScorer(backend, caches, metrics=metrics, **options))
 
 
@@ -150,15 +163,16 @@ def common_of(picture: str, prompt: str) -> list[int]:
     """The ids that captions of this picture and prompt may begin with; without either there are none."""
     if not picture and not prompt:
         return []
-    return random.Random(f"{picture} {prompt}").choices(range(5), k=3 + 2 * len(prompt))
+    own = random.Random(f"{picture} {prompt}").choices(range(5), k=3 + 2 * len(prompt))
+    return [*LEAD.tolist(), *own] if prompt.startswith("long") else own
 
 
 def group(picture: str, prompt: str, captions: Sequence[str], *, fresh: bool = False) -> EncodedGroup:
-    """Letters are tokens. A caption that begins with `-` merges into the last token of the prompt, with `=` into the last two."""
+    """Letters are tokens. A caption that begins with `-` merges into the prompt's last token, with `=` into two, with `#` into nine."""
     common, rows, own = common_of(picture, prompt), [], []
     for caption in captions:
-        merged = {"-": 1, "=": 2}.get(caption[:1], 0)
-        own.append(max(0, len(common) - merged))
+        merged = {"-": 1, "=": 2, "#": 9}.get(caption[:1], 0)
+        own.append(max(min(1, len(common)), len(common) - merged))
         rows.append(
             np.asarray([*common[: own[-1]], *(1000 * (place == 0) + ord(char) for place, char in enumerate(caption))], dtype=np.int64)
         )
@@ -260,7 +274,7 @@ def test_an_empty_batch_computes_nothing() -> None:
     assert here.backend.forwards == []
 
 
-def test_preparing_looks_at_neither_caches_nor_backend() -> None:
+def test_preparing_counts_no_lookup_and_computes_nothing() -> None:
     """So that it may run while the batch before is on the device; what that one learns is found all the same."""
     here, asked = world(), group("cat", "ab", ["x", "yy"])
     first, second = here.scorer.prepare([asked]), here.scorer.prepare([asked])
@@ -346,8 +360,8 @@ def test_fresh_groups_neither_read_nor_write(deterministic: bool) -> None:
 
 def test_a_backend_that_forgets_a_row_is_an_error() -> None:
     class Forgetful(FakeBackend):
-        def forward(self, shares: Sequence[FakeShare]) -> list[Answer[KeysValues]]:
-            return [Answer(each.scores[1:], each.prefix) for each in FakeBackend.forward(self, shares)]
+        def forward(self, shares: Sequence[FakeShare]) -> list[Computed[KeysValues]]:
+            return [Computed(each.scores[1:], each.prefix) for each in FakeBackend.forward(self, shares)]
 
     here = world(backend=Forgetful())
     with pytest.raises(RuntimeError, match="returned 1 scores for 2 rows"):
@@ -375,6 +389,117 @@ def test_a_shorter_prefix_is_paid_for_as_it_was_computed() -> None:
     (scores,) = here.score(group("cat", "ab", ["x"]))
     assert here.backend.num_tokens - before == scores.num_computed_tokens == 3
     assert scores.num_cached_tokens == 5
+
+
+def test_a_prefix_that_is_much_too_short_is_lengthened_once_for_all_who_come_later() -> None:
+    """Of the prompt's eleven tokens a caption that merges leaves two. Only the nine behind them are computed, and the picture is not."""
+    here = world()
+    assert costs(here.score(group("cat", "abcd", ["#y"]))[0]) == (4, 4, 0)
+    before, asked = here.backend.num_tokens, group("cat", "abcd", ["x", "yy"])
+    (scores,) = here.score(asked)
+    assert (scores.values, costs(scores)) == (wanted(asked), (25, 9 + 1 + 2, 2))
+    assert here.backend.num_tokens - before == scores.num_computed_tokens
+    ((share,),) = here.backend.forwards[1:]
+    assert share.lead is not None
+    assert (share.kept, share.features, len(share.lead.ids)) == (None, None, 2)
+    (later,) = here.score(group("cat", "abcd", ["zzz"]))
+    assert costs(later) == (14, 3, 11)
+    (merged,) = here.score(group("cat", "abcd", ["#zz"]))  # the longer one serves the short as well
+    assert (merged.values, costs(merged)) == (wanted(group("cat", "abcd", ["#zz"])), (5, 3, 2))
+    assert here.backend.pictures == ["cat"]
+    ((kept),) = here.prefixes.kept.values()
+    assert len(kept.ids) == 11
+
+
+def test_a_prefix_that_lacks_little_is_used_as_it_is() -> None:
+    here = world()
+    here.score(group("cat", "abcd", ["=y"]))
+    assert costs(here.score(group("cat", "abcd", ["x"]))[0]) == (12, 3, 9)
+    assert here.backend.forwards[-1][0].kept is not None
+
+
+def test_a_longer_prefix_with_a_score_that_is_not_finite_is_not_kept() -> None:
+    here, asked = world(), group("cat", "abcd", ["x"])
+    here.score(group("cat", "abcd", ["#y"]))
+    here.backend.unsound = {asked.rows[0].tobytes(): math.nan}
+    assert math.isnan(here.score(asked)[0].values[0])
+    ((kept),) = here.prefixes.kept.values()
+    assert len(kept.ids) == 2
+
+
+def test_alone_no_prefix_is_built_on_what_is_kept_of_another_length() -> None:
+    """Its bits would depend on what came before: there the key holds the length."""
+    here = world(backend=FakeBackend(rounding=True), deterministic=True)
+    long, short = group("cat", "abcd", ["x"]), group("cat", "abcd", ["#y"])
+    found = values(here.score(short)) + values(here.score(long))
+    assert found == [
+        *values(world(backend=FakeBackend(rounding=True), deterministic=True).score(short)),
+        *values(world(backend=FakeBackend(rounding=True), deterministic=True).score(long)),
+    ]
+    assert [share.lead for shares in here.backend.forwards for share in shares] == [None] * 4
+    assert sorted(len(kept.ids) for kept in here.prefixes.kept.values()) == [2, 11]
+
+
+@both
+def test_what_all_groups_begin_with_is_computed_once_and_paid_once(deterministic: bool) -> None:
+    here = world(deterministic=deterministic)
+    cat, dog = group("cat", "long", ["x"]), group("dog", "long", ["x"])
+    found = here.score(cat, dog)
+    assert values(found) == [wanted(cat), wanted(dog)]
+    assert [costs(each) for each in found] == [(21, 21, 0), (21, 12, 0)]
+    assert here.backend.num_tokens == 33
+    (bird,) = here.score(group("bird", "long", ["x"]))
+    assert costs(bird) == (21, 12, 9)
+
+
+# Pictures sent ahead
+
+
+@both
+def test_pictures_that_are_not_known_are_staged_once_each(deterministic: bool) -> None:
+    here = world(deterministic=deterministic)
+    groups = [group("cat", "a", ["x"]), group("cat", "b", ["x"]), group("dog", "a", ["x"]), group("", "a", ["x"])]
+    prepared = here.scorer.prepare(groups)
+    assert sorted(here.backend.staged) == ["cat", "dog"]
+    assert values(here.scorer.score(prepared)) == [wanted(each) for each in groups]
+    assert sorted(here.backend.used) == ["cat", "dog"]
+    assert prepared.staged == {}
+    assert values(here.scorer.score(prepared)) == [wanted(each) for each in groups]
+    lookups = [here.metrics.registry.get_sample_value("reward_cache_lookups_total", {"cache": "features", "result": "hit"})]
+    assert lookups[0] in (None, 0.0)
+
+
+@pytest.mark.parametrize("kept", ["features", "prefixes", "scores"])
+def test_a_picture_is_not_staged_while_one_cache_makes_it_needless(kept: str) -> None:
+    sizes = {"features": (1 << 20, 0, 0), "prefixes": (0, 1 << 20, 0), "scores": (0, 0, 1 << 20)}
+    here, asked = world(max_bytes=sizes[kept]), group("cat", "ab", ["x"])
+    here.score(asked)
+    here.score(asked)
+    assert here.backend.staged == ["cat"]
+    here.scorer.prepare([group("cat", "ab", ["x", "yy"])])
+    assert here.backend.staged == ["cat"] * (2 if kept == "scores" else 1)
+    here.score(replace(asked, fresh=True))
+    assert here.backend.used[-1] == "cat"
+    assert here.backend.pictures == ["cat"] * 2
+
+
+def test_what_finds_no_room_is_copied_when_the_device_wants_it() -> None:
+    here = world(backend=FakeBackend(max_staged=1))
+    groups = [group("cat", "a", ["x"]), group("dog", "a", ["x"])]
+    assert values(here.score(*groups)) == [wanted(each) for each in groups]
+    assert (here.backend.staged, here.backend.used, sorted(here.backend.pictures)) == (["cat"], [], ["cat", "dog"])
+
+
+def test_what_was_staged_for_nothing_is_let_go() -> None:
+    here, asked = world(), group("cat", "ab", ["x"])
+    first, second = here.scorer.prepare([asked]), here.scorer.prepare([asked])
+    here.backend.fault = OutOfMemory("full")
+    with pytest.raises(OutOfMemory):
+        here.scorer.score(first)
+    assert first.staged == {}
+    here.score(asked)
+    assert values(here.scorer.score(second)) == [wanted(asked)]
+    assert second.staged == {}
 
 
 def test_a_kept_prefix_of_other_ids_under_the_same_key_is_never_used(caplog: pytest.LogCaptureFixture) -> None:
@@ -457,10 +582,33 @@ def test_a_wrong_prefix_is_counted_and_replaced(deterministic: bool) -> None:
     assert (scores.values, costs(scores)[1:]) == (wanted(later), (9, 0))
     assert here.audits("prefixes") == (1, 1)
     assert here.prefixes.kept[key].keys_values == kept.keys_values
-    assert [here.counted("reward_cache_entries", cache) for cache in ("features", "prefixes", "scores")] == [0, 0, 0]  # all forgotten
+    # all that was kept is forgotten, and the batch computed again: its own is all there is
+    assert [here.counted("reward_cache_entries", cache) for cache in ("features", "prefixes", "scores")] == [1, 1, 1]
     again = group("cat", "ab", ["zzz"])
     assert here.score(again)[0].values == wanted(again)
+    assert here.audits("prefixes") == (2, 1)
+
+
+def test_a_batch_that_finds_a_wrong_entry_gives_no_score_that_was_made_of_it() -> None:
+    here = world(audit_every=2)
+    here.score(group("cat", "ab", ["x"]))
+    ((key, kept),) = here.prefixes.kept.items()
+    here.prefixes.put(key, replace(kept, keys_values=("dog", kept.keys_values[1])))
+    spoiled = group("cat", "ab", ["yy"])
+    assert values(here.score(spoiled)) != [wanted(spoiled)]  # nobody looked
+    asked = group("cat", "ab", ["yy", "zzz"])  # one is known, of the wrong prefix; for the other the prefix is looked at
+    assert values(here.score(asked)) == [wanted(asked)]
     assert here.audits("prefixes") == (1, 1)
+
+
+def test_an_audit_that_agrees_changes_no_bit() -> None:
+    here = world(audit_every=1)
+    asked = group("cat", "ab", ["x"])
+    here.score(asked)
+    ((key, kept),) = here.scores.kept.items()
+    here.scores.put(key, kept * (1 + 1e-9))
+    assert values(here.score(asked)) == [(kept * (1 + 1e-9),)]
+    assert here.audits("scores") == (1, 0)
 
 
 @both
@@ -486,17 +634,19 @@ def test_a_fresh_result_that_is_not_finite_takes_nothing_kept_away() -> None:
 # Any history
 
 
-captions = st.lists(st.sampled_from(["x", "yy", "zzz", "xy", "-x", "-yy", "=x"]), min_size=1, max_size=5)
+captions = st.lists(st.sampled_from(["x", "yy", "zzz", "xy", "-x", "-yy", "=x", "#", "#yy"]), min_size=1, max_size=5)
 plain_captions = st.lists(st.sampled_from(["x", "yy", "zzz", "xy", "u"]), min_size=1, max_size=5)
-pictures, prompts = st.sampled_from(["cat", "dog", ""]), st.sampled_from(["", "a", "ab"])
+pictures, prompts = st.sampled_from(["cat", "dog", ""]), st.sampled_from(["", "a", "ab", "long", "long one"])
 
 
-def histories(texts: st.SearchStrategy[list[str]]) -> st.SearchStrategy[list[list[EncodedGroup]]]:
+def histories(
+    texts: st.SearchStrategy[list[str]], prompts: st.SearchStrategy[str] = prompts
+) -> st.SearchStrategy[list[list[EncodedGroup]]]:
     groups = st.builds(lambda *parts: group(*parts[:3], fresh=parts[3]), pictures, prompts, texts, st.booleans())
     return st.lists(st.lists(groups, max_size=4), max_size=6)
 
 
-cache_sizes = st.tuples(st.sampled_from([0, 50, 1000]), st.sampled_from([0, 75, 130, 10_000]), st.sampled_from([0, 100, 300, 10_000]))
+cache_sizes = st.tuples(st.sampled_from([0, 50, 1000]), st.sampled_from([0, 75, 130, 300, 10_000]), st.sampled_from([0, 100, 300, 10_000]))
 
 
 @quick
@@ -518,10 +668,16 @@ def test_no_history_changes_a_score_and_every_token_is_counted(
 
 
 @quick
-@given(history=histories(plain_captions), max_bytes=cache_sizes, deterministic=st.booleans(), audit_every=st.integers(0, 3))
+@given(
+    history=histories(plain_captions, st.sampled_from(["", "a", "ab"])),
+    max_bytes=cache_sizes,
+    deterministic=st.booleans(),
+    audit_every=st.integers(0, 3),
+)
 def test_computed_and_cached_are_what_a_cold_batch_computes(
     history: list[list[EncodedGroup]], max_bytes: tuple[int, int, int], deterministic: bool, audit_every: int
 ) -> None:
+    """Where groups of several prompts begin alike, what is kept of the beginning saves each of them its own."""
     here = world(max_bytes=max_bytes, deterministic=deterministic, audit_every=audit_every)
     for batch in history:
         cold = world(deterministic=deterministic).score(*batch)

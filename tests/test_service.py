@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from app.artifacts import RewardModelConfig
 from app.caches import ByteBoundedCache
@@ -32,7 +34,7 @@ from app.errors import (
 from app.images import ImageLimits, image_id
 from app.service import GroupRequest, GroupResult, ScoringService, Timing
 from tests.fakes import MAX_CAPTION_TOKENS, UNSCORABLE, expected_scores, picture
-from tests.loop_fakes import NAN, PATIENCE_S, RAISE, Bench, FaultyScorer, GatedScorer, HeldEncoder, batching, turns, until
+from tests.loop_fakes import NAN, PATIENCE_S, RAISE, Bench, FaultyScorer, GatedScorer, HeldEncoder, batching, captions_of, turns, until
 
 pytestmark = pytest.mark.anyio
 LIMITS = ImageLimits(max_bytes=1 << 20, max_pixels=1_000_000, min_side=16, max_aspect=100, formats=("PNG", "JPEG"))
@@ -205,7 +207,7 @@ async def test_by_default_one_bad_caption_fails_the_request_and_is_named() -> No
         good, bad = asking("a", field="groups[0]"), asking("a", TOO_LONG, UNSCORABLE, field="groups[1]")
         with pytest.raises(ItemRejected) as refused:
             await stack.score(good, bad)
-        assert stack.items("failed") == 4
+        assert stack.items("client_error") == 4
     assert (refused.value.code, refused.value.field, refused.value.index) == ("caption_too_long", "groups[1].captions[1]", 1)
     assert scorer.calls == []
 
@@ -289,7 +291,7 @@ async def test_an_image_fault_names_its_group_and_leaves_nothing_behind(image: b
             await stack.score(asking("a", field="groups[0]"), asking("b", image=image, field="groups[1]"))
         assert (refused.value.code, refused.value.field) == (code, "groups[1].image")
         assert stack.bench.queued == (0, 0)
-        assert stack.items("failed") == 2
+        assert stack.items("client_error") == 2
         assert len(await stack.score(asking("a"))) == 1
     assert len(scorer.calls) == 1
 
@@ -299,7 +301,7 @@ async def test_every_way_to_name_an_image_is_the_same_image(form: str) -> None:
     text = base64.b64encode(CARTOON).decode()
     forms = {"base64": text, "data URL": f"data:image/png;base64,{text}", "id": image_id(CARTOON)}
     async with stack_of() as stack:
-        await stack.service.add_image(CARTOON)
+        await stack.service.add_image(CARTOON, timeout_s=PATIENCE_S)
         (result,) = await stack.score(asking("a", image=forms[form]))
         assert stack.encoder.decoded == [image_id(CARTOON)]
     assert list(result.scores) == expected_scores(CARTOON, ["a"])
@@ -332,12 +334,12 @@ async def test_an_image_sent_with_captions_can_be_named_afterwards() -> None:
 
 async def test_adding_an_image_says_what_it_is() -> None:
     async with stack_of() as stack:
-        stored = await stack.service.add_image(CARTOON)
+        stored = await stack.service.add_image(CARTOON, timeout_s=PATIENCE_S)
         assert (stored.image_id, stored.width, stored.height, stored.num_tokens) == (image_id(CARTOON), 64, 48, 4)
-        assert await stack.service.add_image(CARTOON) == stored
+        assert await stack.service.add_image(CARTOON, timeout_s=PATIENCE_S) == stored
         assert len(stack.encoder.decoded) == 1
         with pytest.raises(ImageRejected):
-            await stack.service.add_image(b"not a picture")
+            await stack.service.add_image(b"not a picture", timeout_s=PATIENCE_S)
 
 
 async def test_a_failed_image_is_not_kept() -> None:
@@ -345,7 +347,7 @@ async def test_a_failed_image_is_not_kept() -> None:
     async with stack_of() as stack:
         for _ in range(2):
             with pytest.raises(ImageRejected):
-                await stack.service.add_image(broken)
+                await stack.service.add_image(broken, timeout_s=PATIENCE_S)
         with pytest.raises(ImageUnknown):
             await stack.score(asking("a", image=image_id(broken)))
 
@@ -393,7 +395,7 @@ async def test_exactly_what_exceeds_the_queue_is_refused() -> None:
         assert (len(refused), len(found) - len(refused)) == (3, 5)
         assert all(error.retryable and error.field is None and int(error.headers["Retry-After"]) >= 1 for error in refused)
         assert stack.rejected("overloaded") == 3
-        assert (stack.items("scored"), stack.items("failed")) == (10, 6)
+        assert (stack.items("scored"), stack.items("rejected"), stack.items("failed")) == (10, 6, 0)
         assert stack.bench.queued == (0, 0)
 
 
@@ -501,7 +503,7 @@ async def test_cancelled_while_on_the_device() -> None:
         assert stack.bench.queued == (0, 0)
         scorer.let_go(2)
         assert list((await stack.score(asking("b")))[0].scores) == expected_scores(CARTOON, ["b"])
-        assert stack.items("failed") == 1
+        assert (stack.items("cancelled"), stack.items("failed")) == (1, 0)
 
 
 async def test_cancelled_before_it_began() -> None:
@@ -517,7 +519,7 @@ async def cancelled(task: asyncio.Task[list[GroupResult]]) -> None:
 
 
 async def test_a_request_that_fails_gives_up_what_still_waits() -> None:
-    """Three batches: the first fails, the second is on the device by then, the third is never computed."""
+    """Three batches: the first fails; the second is on the device by then or dropped, the third is never computed."""
     scorer = GatedScorer()
     async with stack_of(scorer, max_batch_tokens=PREFIX + 10) as stack:
         task = stack.started(asking(RAISE), asking("b", image=OTHER), asking("c", prompt="Be kind."))
@@ -526,9 +528,8 @@ async def test_a_request_that_fails_gives_up_what_still_waits() -> None:
         with pytest.raises(ScoringFailed):
             await task
         assert stack.bench.queued == (0, 0)
-        await scorer.entered()
         scorer.let_go(2)
-    assert [len(call) for call in scorer.calls] == [1, 1]
+    assert [captions_of(call) for call in scorer.calls] in ([[RAISE]], [[RAISE], ["b"]])
 
 
 async def test_while_stopping_new_requests_are_told_to_go_elsewhere() -> None:
@@ -554,19 +555,130 @@ async def test_a_crash_in_the_encoder_is_the_callers_error_and_leaks_nothing() -
         assert stack.items("failed") == 2
 
 
-async def test_every_caption_is_counted_exactly_once() -> None:
-    """asked = scored + null + failed, whatever happened."""
-    requests: Sequence[tuple[GroupRequest, str]] = [
-        (asking("a", "b"), "fail"),
-        (asking("a", TOO_LONG), "null"),
-        (asking("a", TOO_LONG), "fail"),
-        (asking(NAN, "b"), "fail"),
-        (asking("a", image=b"junk"), "null"),
-        (asking("a", image="sha256:" + "1" * 64), "fail"),
-    ]
+# Counting
+
+OUTCOMES = ("scored", "null", "client_error", "rejected", "failed", "cancelled")
+ENDINGS: dict[str, tuple[GroupRequest, str]] = {
+    "scored": (asking("a", "b"), "fail"),
+    "null": (asking("a", TOO_LONG), "null"),
+    "refused caption": (asking("a", TOO_LONG), "fail"),
+    "fault": (asking(NAN, "b"), "fail"),
+    "no image": (asking("a", image=b"junk"), "null"),
+    "unknown image": (asking("a", image="sha256:" + "1" * 64), "fail"),
+    "too many": (asking(*("a",) * 1001), "fail"),
+    "late": (asking("a", "b", "c"), "fail"),
+    "left": (asking("a", "b", "c", "d"), "fail"),
+}
+
+
+def assert_books_balance(stack: Stack) -> None:
+    received = stack.bench.sample("reward_items_received_total")
+    assert received == sum(map(stack.items, OUTCOMES)) + stack.bench.sample("reward_active_items")
+
+
+async def test_every_caption_is_counted_once_by_what_became_of_its_request() -> None:
     async with stack_of() as stack:
-        for request, policy in requests:
-            await asyncio.gather(stack.score(request, on_item_error=policy), return_exceptions=True)
-        asked = sum(len(request.captions) for request, _ in requests)
-        assert stack.items("scored") + stack.items("null") + stack.items("failed") == asked
-        assert (stack.items("scored"), stack.items("null")) == (3, 1)
+        for ending, (request, policy) in ENDINGS.items():
+            timeout_s = 0 if ending == "late" else PATIENCE_S
+            task = asyncio.create_task(stack.score(request, on_item_error=policy, timeout_s=timeout_s))
+            await asyncio.sleep(0)
+            assert stack.bench.sample("reward_active_items") == (0 if ending == "too many" else len(request.captions))
+            if ending == "left":
+                task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert_books_balance(stack)
+        assert stack.bench.sample("reward_items_received_total") == sum(len(request.captions) for request, _ in ENDINGS.values())
+        found = {outcome: stack.items(outcome) for outcome in OUTCOMES}
+        assert found == {"scored": 3, "null": 1, "client_error": 4, "rejected": 1004, "failed": 2, "cancelled": 4}
+        assert stack.bench.sample("reward_active_items") == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(sorted(ENDINGS)), st.integers(0, 6)), max_size=12))
+def test_the_books_balance_at_every_moment(arrivals: list[tuple[str, int]]) -> None:
+    """Requests of every ending beside each other, some cancelled after a few turns of the event loop."""
+
+    async def live() -> None:
+        async with stack_of(max_items=1000) as stack:
+            tasks = []
+            for ending, num_turns in arrivals:
+                request, policy = ENDINGS[ending]
+                timeout_s = 0.001 if ending == "late" else PATIENCE_S
+                tasks.append(asyncio.create_task(stack.score(request, on_item_error=policy, timeout_s=timeout_s)))
+                for _ in range(num_turns):
+                    await asyncio.sleep(0)
+                    assert_books_balance(stack)
+                if ending == "left":
+                    tasks[-1].cancel()
+            for task in asyncio.as_completed(tasks):
+                await asyncio.gather(task, return_exceptions=True)
+                assert_books_balance(stack)
+            assert stack.bench.sample("reward_active_items") == 0
+
+    asyncio.run(live())
+
+
+async def test_golden_captions_are_nobodys() -> None:
+    async with stack_of() as stack:
+        results = await stack.score(asking("a", "b"), counted=False)
+        assert list(results[0].scores) == expected_scores(CARTOON, ["a", "b"])
+        with pytest.raises(NonfiniteScore):
+            await stack.score(asking("a", NAN), counted=False)
+        assert sum(map(stack.items, OUTCOMES)) == stack.bench.sample("reward_items_received_total") == 0
+        assert stack.bench.sample("reward_score_count") == stack.bench.sample("reward_group_score_stddev_count") == 0
+
+
+async def test_what_is_refused_before_scores_are_asked_for_was_received() -> None:
+    async with stack_of() as stack:
+        with stack.service.refusing(3):
+            assert_books_balance(stack)
+        assert stack.bench.sample("reward_items_received_total") == 0
+        with pytest.raises(InvalidRequest), stack.service.refusing(3):
+            raise InvalidRequest("another model")
+        assert (stack.items("client_error"), stack.bench.sample("reward_items_received_total")) == (3, 3)
+
+
+# Images sent alone
+
+
+async def test_an_image_waits_for_an_encode_thread_within_its_deadline_and_counts_as_one_caption() -> None:
+    async with stack_of() as stack:
+        held = stack.encoder.hold("encode_image")
+        busy = [stack.started(asking("a")), stack.started(asking("b", image=OTHER))]
+        await until(lambda: stack.encoder.reached.count("encode_image") == 2)
+        waiting = asyncio.create_task(stack.service.add_image(picture(seed=2), timeout_s=PATIENCE_S))
+        await turns()
+        assert stack.bench.sample("reward_queue_items") == 3
+        with pytest.raises(DeadlineExceeded):
+            await stack.service.add_image(picture(seed=3), timeout_s=0.02)
+        assert stack.rejected("deadline_exceeded") == 1
+        held.set()
+        await asyncio.gather(*busy)
+        assert (await waiting).image_id == image_id(picture(seed=2))
+        assert image_id(picture(seed=3)) not in stack.encoder.decoded  # given up before a thread had it
+
+
+async def test_an_image_is_refused_when_the_queue_is_full() -> None:
+    scorer = GatedScorer()
+    async with stack_of(scorer, max_items=2) as stack:
+        first = stack.started(asking("a", "b"))
+        await scorer.entered()
+        with pytest.raises(Overloaded):
+            await stack.service.add_image(OTHER, timeout_s=PATIENCE_S)
+        assert stack.rejected("overloaded") == 1
+        scorer.let_go()
+        await first
+        assert (await stack.service.add_image(OTHER, timeout_s=PATIENCE_S)).width == 64
+
+
+async def test_a_client_that_leaves_before_its_image_is_decoded_takes_no_place() -> None:
+    async with stack_of() as stack:
+        held = stack.encoder.hold("encode_image")
+        task = asyncio.create_task(stack.service.add_image(CARTOON, timeout_s=PATIENCE_S))
+        await until(lambda: "encode_image" in stack.encoder.reached)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert stack.bench.queued == (0, 0)
+        held.set()
+        await stack.encode_threads_idle()
+        assert stack.bench.queued == (0, 0)

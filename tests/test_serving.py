@@ -1,12 +1,20 @@
-"""The port a server takes."""
+"""The port a server takes, and what it tells of how it computes."""
 
 from __future__ import annotations
 
 import socket
 from contextlib import closing
+from pathlib import Path
 
-from app.serving import bind
+import pytest
+
+from app.artifacts import Artifact
+from app.draining import bind
+from app.main import running
+from app.model import LoadedModel, load_model
+from app.serving import attention_ways, describe
 from app.settings import load_settings
+from tests.tiny import write_text_only
 
 
 def test_answers_are_sent_at_once() -> None:
@@ -15,3 +23,24 @@ def test_answers_are_sent_at_once() -> None:
         listener.listen()
         with socket.create_connection(listener.getsockname()), closing(listener.accept()[0]) as connection:
             assert connection.proto == socket.IPPROTO_TCP
+
+
+@pytest.mark.anyio
+async def test_the_card_tells_what_decides_the_last_bits(tmp_path: Path) -> None:
+    root = write_text_only(tmp_path)
+    async with running(load_settings(model=str(root), offline=True, deterministic=True, num_threads=1)) as runtime:
+        told = describe(runtime)["runtime"]
+    assert {name: told[name] for name in ("dtype", "lora", "deterministic", "compile")} == {
+        "dtype": "float32",
+        "lora": "merged",
+        "deterministic": True,
+        "compile": False,
+    }
+    assert told["attention"] == {"text": "cpu"}
+    assert told["prepacked_layers"] == runtime.engine.num_prepacked > 0
+    assert told["hardware"]["num_threads"] == 1
+
+
+def test_attention_over_text_and_over_pictures_is_told_apart(artifact: Artifact, loaded: LoadedModel) -> None:
+    assert attention_ways(loaded.model) == {"text": "cpu", "images": "cpu"}
+    assert attention_ways(load_model(artifact).model.double()) == {"text": "plain", "images": "plain"}

@@ -123,11 +123,23 @@ def test_every_fault_is_named_at_once(environment: Environment) -> None:
     assert {part.partition(":")[0] for part in fault().split("; ")} == {"PUNCHLINE_PORT", "PUNCHLINE_DEVICE"}
 
 
+GUESSABLE = [
+    "changemechangeme",
+    "x" * 24,
+    "abcdeabcdeabcdeabcde",
+    "Change-Me_changeme_12",
+    "punchline-api-key-2026",
+    "PASSWORDPASSWORD",
+    "default.secret.key",
+]
 CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"max_batch_tokens": 4096, "max_queue_tokens": 4095}, ("max_batch_tokens", "max_queue_tokens")),
     ({"max_captions": 65, "max_queue_items": 64}, ("max_captions", "max_queue_items")),
     ({"default_timeout_ms": 1001, "max_timeout_ms": 1000}, ("default_timeout_ms", "max_timeout_ms")),
     ({"max_image_bytes": 2049, "max_body_bytes": 2048}, ("max_image_bytes", "max_body_bytes")),
+    ({"max_body_bytes": 2049, "max_pending_body_bytes": 2048}, ("max_body_bytes", "max_pending_body_bytes")),
+    ({"default_timeout_ms": 1001, "drain_s": 1}, ("default_timeout_ms", "drain_s")),
+    ({"header_timeout_s": 10.5, "keep_alive_s": 10}, ("header_timeout_s", "keep_alive_s")),
     ({"image_formats": ""}, ("image_formats",)),
     ({"image_formats": " , ,"}, ("image_formats",)),
     ({"image_formats": "PNG,TIFF"}, ("image_formats", *sorted(DECODABLE))),
@@ -140,6 +152,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"api_key": "sixteen-letters-é"}, ("api_key", "ASCII")),
     ({"api_key": "a key with spaces in it"}, ("api_key", "spaces")),
     ({"api_key": "a-key-with-a-\x00-inside"}, ("api_key", "printable")),
+    *(({"api_key": key}, ("api_key", "guessed", "openssl")) for key in GUESSABLE),
+    ({"api_key": f"{KEY},{GUESSABLE[0]}"}, ("api_key", "guessed")),
     ({"require_auth": True}, ("require_auth", "api_key")),
 ]
 
@@ -166,8 +180,13 @@ def test_the_table_of_contradictions_covers_every_check() -> None:
         {"max_captions": 64, "max_queue_items": 64},
         {"default_timeout_ms": 1000, "max_timeout_ms": 1000},
         {"max_image_bytes": 2048, "max_body_bytes": 2048},
+        {"default_timeout_ms": 1000, "drain_s": 1},
+        {"header_timeout_s": 10.0, "keep_alive_s": 10},
         {"require_auth": True, "api_key": KEY},
-        {"api_key": "x" * 16},
+        {"api_key": "abcdefabcdefabcd"},
+        {"api_key": "4929174460318825"},
+        {"api_key": "production-secret-key"},
+        {"api_key": "punchline-key-b1946ac92492d234"},
         {"image_formats": "png, WebP ,"},
         {"max_image_pixels": MAX_PIXELS},
         {"device": "cuda:1"},
@@ -178,6 +197,14 @@ def test_what_only_touches_a_limit_loads(flags: dict[str, Any]) -> None:
     for name, value in flags.items():
         found = getattr(settings, name)
         assert (found.get_secret_value() if name == "api_key" else found) == value
+
+
+def test_a_deadline_that_is_asked_for_may_be_longer_than_a_drain() -> None:
+    """`max_timeout_ms` is a limit, not what requests get: holding it under `drain_s` would make every stop as long as the longest
+    request anyone may ask for. A request that asked for more than is left when a server stops gets its 503 at the drain's end,
+    as tests/e2e/test_draining.py shows; the reliability page would rather refuse the start."""
+    settings = load_settings(max_timeout_ms=600_000, drain_s=10)
+    assert settings.max_timeout_ms > settings.drain_s * 1000
 
 
 def test_flags_win_over_the_environment_and_the_environment_over_defaults(environment: Environment) -> None:

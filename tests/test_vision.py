@@ -17,6 +17,7 @@ from app.model import RewardModel, load_model
 from app.vision import VisionTower, patch_positions, windows_of
 
 VALUES = 3 * 2 * 14 * 14
+HEAD_DIM = 12
 GridThw = tuple[int, int, int]
 quick = settings(max_examples=30, deadline=None, derandomize=True)
 sides = st.integers(1, 7).map(lambda tokens: 2 * tokens)
@@ -101,7 +102,41 @@ def test_patches_are_not_written_to(models: dict[str, RewardModel]) -> None:
     assert torch.equal(patches, kept)
 
 
+def test_a_shortened_tower_runs_one_block_of_each_kind(models: dict[str, RewardModel]) -> None:
+    visual = models["plain"].backbone.visual
+    tower, short = VisionTower(visual), VisionTower(visual).shortened()
+    assert 0 < len(visual.fullatt_block_indexes) < len(visual.blocks)
+    assert sorted(is_whole for _, is_whole in short._blocks) == [False, True]
+    assert all(block in [each for each, _ in tower._blocks] for block, _ in short._blocks)
+    with torch.inference_mode():
+        assert short.features(patches_of((1, 6, 6)), (1, 6, 6)).shape == (9, 64)
+
+
 # Geometry
+
+
+def test_the_geometry_that_is_kept_is_bounded_by_bytes(models: dict[str, RewardModel]) -> None:
+    """Small ones stay, a large one pushes them out, one larger than all of it is used and not kept; the features are the same."""
+    visual = models["plain"].backbone.visual
+    small: list[GridThw] = [(1, 2, 2), (1, 2, 4), (1, 4, 2)]
+    sizes = {grid: VisionTower(visual)._grid(grid).num_bytes for grid in [*small, (1, 12, 12), (1, 40, 40)]}
+    assert 200 * sizes[1, 2, 2] < sizes[1, 40, 40]
+    tower = VisionTower(visual, max_grid_bytes=sizes[1, 12, 12])
+    for grid in [*small, (1, 40, 40)]:
+        with torch.inference_mode():
+            assert torch.equal(tower.features(patches_of(grid), grid), found(models["plain"], patches_of(grid), grid))
+    assert list(tower._grids) == small
+    assert tower._grid(small[0]) is tower._grid(small[0])
+    tower._grid((1, 12, 12))
+    assert list(tower._grids) == [(1, 12, 12)]
+    assert tower._grids.currsize <= sizes[1, 12, 12]
+
+
+def test_the_bytes_of_a_grid_by_hand(models: dict[str, RewardModel]) -> None:
+    """One merged token of four patches: two indices, cosine and sine of half a head for each patch, two times two pairs of bounds."""
+    grid = VisionTower(models["plain"].backbone.visual)._grid((1, 2, 2))
+    assert grid.cos.shape == (4, 1, HEAD_DIM // 2)
+    assert grid.num_bytes == 2 * 8 + 2 * 4 * (HEAD_DIM // 2) * 4 + 2 * 2 * 2 * 4
 
 
 @quick

@@ -39,7 +39,9 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one in the package: humor_20k, hh_rlhf_7b.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file, or the name of one in the package: humor_20k, hh_rlhf_7b, newyorker_text, demo.")
+    ],
     data: Annotated[Path, typer.Option(help="A folder written by training.prepare.")],
     out: Annotated[Path, typer.Option(help="The run's folder: checkpoints, metrics, logs.")],
     resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint, or begin if there is none.")] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app import __version__
+from app.api.body_room import BodyRoom
 from app.api.card import Card
 from app.api.middleware import PUBLIC_PATHS, Envelope, exchange_of, refuse
 from app.api.routes import Routes
@@ -32,12 +34,28 @@ def create_app(service: ScoringService, settings: Settings, card: Card, metrics:
         api_keys=settings.api_keys,
         metrics=metrics,
         paths=paths,
+        is_draining=card.is_draining,
+        room=BodyRoom(settings.max_pending_body_bytes, metrics),
         public_paths=PUBLIC_PATHS | ({"/metrics"} if settings.public_metrics else set()),
     )
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    _write_schema_once(app)
     return app
+
+
+def _write_schema_once(app: FastAPI) -> None:
+    """FastAPI writes its schema anew for everyone who asks, which takes the event loop milliseconds each time."""
+    written: list[bytes] = []
+
+    async def answer(_: Request) -> Response:
+        if not written:
+            written.append(json.dumps(app.openapi()).encode())
+        return Response(written[0], media_type="application/json")
+
+    kept = [route for route in app.router.routes if getattr(route, "path", None) != app.openapi_url]
+    app.router.routes[:] = [*kept, Route(str(app.openapi_url), answer, include_in_schema=False)]
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

@@ -21,6 +21,7 @@ class Card:
     describe: Callable[[], dict[str, Any]]
     is_ready: Callable[[], bool]
     is_alive: Callable[[], bool]
+    is_draining: Callable[[], bool]
     run_selftest: Callable[[], Awaitable[SelfTestReport]]
 
     @property

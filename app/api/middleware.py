@@ -8,7 +8,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,26 +18,28 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.answers import error_answer
-from app.errors import ApiError, Unauthorized
-from app.metrics import Metrics
+from app.api.body_room import BodyRoom, HeldBody
+from app.errors import ApiError, Draining, Unauthorized
+from app.metrics import CLIENT_GONE, Metrics, outcome_of
 from app.service import Timing
 
 log = logging.getLogger("punchline.http")
 PUBLIC_PATHS = frozenset({"/livez", "/readyz"})
-SCORING_ROUTES = frozenset({"/score", "/compare", "/rank"})
+COUNTED_ROUTES = frozenset({"/score", "/compare", "/rank", "/images", "/selftest"})
 UNMATCHED = "_unmatched"
-CLIENT_GONE = 499  # nginx's number for it; nothing is sent, only counted
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 @dataclass(slots=True)
 class Exchange:
-    """What one request carries from this layer to its route and back."""
+    """What one request carries from this layer to its route and back. `unread`: more of its body is to come."""
 
     request_id: str
     timing: Timing
     began: float
+    held: HeldBody
+    unread: bool
     route: str = UNMATCHED
     status: int = 500
     started: bool = False
@@ -58,6 +60,8 @@ class Envelope:
         api_keys: Iterable[str],
         metrics: Metrics,
         paths: frozenset[str],
+        is_draining: Callable[[], bool],
+        room: BodyRoom,
         public_paths: frozenset[str] = PUBLIC_PATHS,
     ) -> None:
         self._app = app
@@ -65,6 +69,8 @@ class Envelope:
         self._keys = [key.encode() for key in api_keys]
         self._metrics = metrics
         self._paths = paths
+        self._is_draining = is_draining
+        self._room = room
         self._public_paths = public_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,11 +78,14 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         route = scope["path"] if scope["path"] in self._paths else UNMATCHED
-        exchange = Exchange(_request_id(Headers(scope=scope)), Timing(), time.monotonic(), route)
+        headers = Headers(scope=scope)
+        exchange = Exchange(_request_id(headers), Timing(), time.monotonic(), self._room.open(), _announces_body(headers), route)
         scope.setdefault("state", {})["exchange"] = exchange
-        with self._metrics.http_active.labels(route).track_inprogress():
+        with self._metrics.http_active.labels(route).track_inprogress(), exchange.held:
+            if route in COUNTED_ROUTES:
+                self._metrics.requests_received.labels(route).inc()
             try:
-                await self._answer(scope, receive, self._signing(send, exchange), exchange)
+                await self._answer(scope, _following(receive, exchange), self._signing(send, exchange), exchange)
             finally:
                 self._count(scope["method"], exchange)
 
@@ -91,8 +100,10 @@ class Envelope:
         except ClientDisconnect:
             exchange.status = CLIENT_GONE
             return
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # by the server alone, at the end of its time
             exchange.status = CLIENT_GONE
+            if not exchange.started:
+                await refuse(Draining("the server stopped before this request was done", retry_after_s=5), exchange)(scope, receive, send)
             raise
         except Exception:
             if exchange.started:
@@ -119,6 +130,8 @@ class Envelope:
                 headers["X-Request-Id"] = exchange.request_id
                 headers["X-Model-Fingerprint"] = self._fingerprint
                 headers["Server-Timing"] = _server_timing(exchange)
+                if self._is_draining() or exchange.unread:  # it is about to go, or what it still holds would be read for nothing
+                    headers["Connection"] = "close"
             await send(message)
 
         return sign
@@ -129,14 +142,14 @@ class Envelope:
         self._metrics.http_duration.labels(method, route, str(exchange.status)).observe(seconds)
         if exchange.error_code is not None:
             self._metrics.errors.labels(route, exchange.error_code).inc()
-        if route in SCORING_ROUTES:
-            self._metrics.requests.labels(route, _outcome(exchange.status)).inc()
+        if route in COUNTED_ROUTES:
+            self._metrics.requests.labels(route, outcome_of(exchange.status)).inc()
             log.info(
                 "%s %s %d %s %.1f ms",
                 exchange.request_id,
                 route,
                 exchange.status,
-                exchange.error_code or _outcome(exchange.status),
+                exchange.error_code or outcome_of(exchange.status),
                 seconds * 1000,
             )
 
@@ -158,16 +171,22 @@ def _request_id(headers: Headers) -> str:
     return given[0] if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else secrets.token_hex(12)
 
 
+def _announces_body(headers: Headers) -> bool:
+    return "transfer-encoding" in headers or any(length.strip("0 ") for length in headers.getlist("content-length"))
+
+
+def _following(receive: Receive, exchange: Exchange) -> Receive:
+    """`receive` that notes when the whole body was handed over."""
+
+    async def follow() -> Message:
+        message = await receive()
+        if not message.get("more_body", False):
+            exchange.unread = False
+        return message
+
+    return follow
+
+
 def _server_timing(exchange: Exchange) -> str:
     stages = {**exchange.timing.seconds, "total": time.monotonic() - exchange.began}
     return ", ".join(f"{stage};dur={seconds * 1000:.2f}" for stage, seconds in stages.items())
-
-
-def _outcome(status: int) -> str:
-    if status < 400:
-        return "ok"
-    if status == CLIENT_GONE:
-        return "cancelled"
-    if status == 503:
-        return "rejected"
-    return "client_error" if status < 500 else "failed"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from app.api.bodies import Part, media_type, parse_json, parse_multipart, read_body
+from app.api.bodies import BodyLimits, Part, media_type, parse_json, parse_multipart, read_body
+from app.api.middleware import exchange_of
 from app.api.schemas import Options, Strict
 from app.errors import (
     CaptionTooLarge,
@@ -27,6 +28,7 @@ _Model = TypeVar("_Model", bound=Strict)
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 _REPEATED = {"caption": "captions"}
 _JSON_ONLY = {"captions", "groups"}
+_OTHER_PARTS = 16  # of a form, beside its captions
 _INTEGERS = {"timeout_ms"}
 _BOOLEANS = {"explain"}
 _CODES = {
@@ -44,24 +46,45 @@ async def read_request(request: Request, model: type[_Model], settings: Settings
     kind = media_type(request)
     if kind not in ("application/json", "multipart/form-data"):
         raise UnsupportedMediaType("send application/json or multipart/form-data")
-    body = await read_body(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    if kind == "application/json":
-        data, image = parse_json(body), None
-    else:
-        data, image = _form_data(parse_multipart(body, request.headers["content-type"]))
-    _check_counts(data, settings)
-    return _validated(model, data), image
+    body = await _body(request, settings)
+    content_type = request.headers["content-type"]
+
+    def read() -> tuple[_Model, bytes | None]:
+        if kind == "application/json":
+            data, image = parse_json(body), None
+        else:
+            data, image = _form_data(_parts(body, content_type, settings), _part_names(model))
+        _check_counts(data, settings)
+        return _validated(model, data), image
+
+    return await exchange_of(request.scope).held.parse(read)
 
 
 async def read_image(request: Request, settings: Settings) -> bytes:
     """The image of `PUT /images`: the raw body, or the part named `image`."""
-    body = await read_body(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    body = await _body(request, settings)
     if media_type(request) != "multipart/form-data":
         return body
-    data, image = _form_data(parse_multipart(body, request.headers["content-type"]))
+    content_type = request.headers["content-type"]
+    data, image = await exchange_of(request.scope).held.parse(lambda: _form_data(_parts(body, content_type, settings), {"image"}))
     if image is None or data:
         raise InvalidRequest("send one file part named image and nothing else", field="image")
     return image
+
+
+async def _body(request: Request, settings: Settings) -> bytes:
+    limits = BodyLimits(settings.max_body_bytes, settings.body_timeout_s, settings.min_body_rate)
+    return await read_body(request, limits, exchange_of(request.scope).held)
+
+
+def _parts(body: bytes, content_type: str, settings: Settings) -> list[Part]:
+    return parse_multipart(body, content_type, max_parts=settings.max_captions + _OTHER_PARTS)
+
+
+def _part_names(model: type[Strict]) -> set[str]:
+    """What the parts of a form may be called that stands for this model."""
+    singular = {name for name, field in _REPEATED.items() if field in model.model_fields}
+    return singular | model.model_fields.keys() - _JSON_ONLY
 
 
 def group_request(group: Any, captions: Sequence[str], image: bytes | None, field: str, settings: Settings) -> GroupRequest:
@@ -93,13 +116,18 @@ def timeout_s(options: Options, settings: Settings) -> float:
     return options.timeout_ms / 1000
 
 
-def _form_data(parts: list[Part]) -> tuple[dict[str, Any], bytes | None]:
-    """Form parts as the JSON they stand for; a file named `image` apart."""
+def _form_data(parts: list[Part], names: Collection[str]) -> tuple[dict[str, Any], bytes | None]:
+    """Form parts as the JSON they stand for; a file named `image` apart.
+
+    A file of another name than the model's fields is refused by that name; as text, a picture would only be "not UTF-8".
+    """
     data: dict[str, Any] = {}
     image: bytes | None = None
     for part in parts:
         if part.name in _JSON_ONLY:
             raise InvalidRequest("this is a field of the JSON form; in a form repeat caption", field=part.name, code="unknown_field")
+        if part.is_file and part.name not in names:
+            raise InvalidRequest("unknown field; an image goes in the part named image", field=_shown(part.name), code="unknown_field")
         if part.name in _REPEATED:
             data.setdefault(_REPEATED[part.name], []).append(_text(part))
         elif part.name in data or (part.name == "image" and image is not None):

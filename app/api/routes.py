@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,6 +12,7 @@ from starlette.responses import RedirectResponse, Response
 
 from app.api.answers import JsonAnswer
 from app.api.card import Card
+from app.api.leaving import unless_gone
 from app.api.middleware import exchange_of
 from app.api.requests import check_fingerprint, group_request, read_image, read_request, timeout_s
 from app.api.schemas import (
@@ -150,13 +152,10 @@ class Routes:
     async def score(self, request: Request) -> Response:
         """One group gives `scores`; several in `groups` give `groups`, in the same order."""
         asked, image = await read_request(request, ScoreRequest, self._settings)
-        check_fingerprint(asked, self._card.fingerprint)
-        if asked.groups is not None and image is not None:
-            raise InvalidRequest("a file goes with captions, not with groups", field="image")
-        wanted = [
-            group_request(group, group.captions, None, f"groups[{index}]", self._settings) for index, group in enumerate(asked.groups or [])
-        ] or [group_request(asked, asked.captions or [], image, "", self._settings)]
-        results = await self._score(request, wanted, asked, asked.on_item_error, asked.explain)
+        lists = [asked.captions or [], *(group.captions for group in asked.groups or [])]
+        with self._checks(asked, sum(map(len, lists))) as deadline:
+            wanted = self._groups(asked, image)
+        results = await self._score(request, wanted, deadline, asked.on_item_error, asked.explain)
         if asked.groups is None:
             return JsonAnswer(ScoreAnswer(**_group_fields(results[0], asked.on_item_error), **self._signature(request)))
         answers = [
@@ -168,9 +167,9 @@ class Routes:
     async def compare(self, request: Request) -> Response:
         """Both captions are scored alone, so there is no position bias: swapping them mirrors the answer exactly."""
         asked, image = await read_request(request, CompareRequest, self._settings)
-        check_fingerprint(asked, self._card.fingerprint)
-        wanted = group_request(asked, (asked.a, asked.b), image, "", self._settings)
-        (result,) = await self._score(request, [wanted], asked)
+        with self._checks(asked, 2) as deadline:
+            wanted = group_request(asked, (asked.a, asked.b), image, "", self._settings)
+        (result,) = await self._score(request, [wanted], deadline)
         score_a, score_b = _all_scores(result)
         found = compare(score_a, score_b, self._card.temperature)
         return JsonAnswer(
@@ -187,9 +186,9 @@ class Routes:
     async def rank(self, request: Request) -> Response:
         """Best first; equal scores share a rank and are marked."""
         asked, image = await read_request(request, RankRequest, self._settings)
-        check_fingerprint(asked, self._card.fingerprint)
-        wanted = group_request(asked, asked.captions, image, "", self._settings)
-        (result,) = await self._score(request, [wanted], asked)
+        with self._checks(asked, len(asked.captions)) as deadline:
+            wanted = group_request(asked, asked.captions, image, "", self._settings)
+        (result,) = await self._score(request, [wanted], deadline)
         ranking = [
             RankedCaption(
                 rank=place.rank,
@@ -205,7 +204,8 @@ class Routes:
 
     async def put_image(self, request: Request) -> Response:
         """Raw bytes or a multipart part named `image`; checked and decoded now, so that later requests only name it."""
-        stored = await self._service.add_image(await read_image(request, self._settings))
+        data = await read_image(request, self._settings)
+        stored = await unless_gone(request, self._service.add_image(data, timeout_s=self._settings.default_timeout_ms / 1000))
         return JsonAnswer(
             ImageAnswer(
                 image_id=stored.image_id,
@@ -246,12 +246,26 @@ class Routes:
         """To the interactive API page."""
         return RedirectResponse("/docs")
 
+    @contextmanager
+    def _checks(self, asked: Options, num_captions: int) -> Iterator[float]:
+        """For what can still be wrong with a request that could be read; gives the seconds until its deadline."""
+        with self._service.refusing(num_captions):
+            check_fingerprint(asked, self._card.fingerprint)
+            yield timeout_s(asked, self._settings)
+
+    def _groups(self, asked: ScoreRequest, image: bytes | None) -> list[GroupRequest]:
+        if asked.groups is None:
+            return [group_request(asked, asked.captions or [], image, "", self._settings)]
+        if image is not None:
+            raise InvalidRequest("a file goes with captions, not with groups", field="image")
+        return [group_request(group, group.captions, None, f"groups[{index}]", self._settings) for index, group in enumerate(asked.groups)]
+
     async def _score(
-        self, request: Request, groups: list[GroupRequest], options: Options, on_item_error: OnItemError = "fail", explain: bool = False
+        self, request: Request, groups: list[GroupRequest], deadline: float, on_item_error: OnItemError = "fail", explain: bool = False
     ) -> list[GroupResult]:
         timing = exchange_of(request.scope).timing
-        deadline = timeout_s(options, self._settings)
-        return await self._service.score(groups, timeout_s=deadline, on_item_error=on_item_error, explain=explain, timing=timing)
+        work = self._service.score(groups, timeout_s=deadline, on_item_error=on_item_error, explain=explain, timing=timing)
+        return await unless_gone(request, work)
 
     def _signature(self, request: Request) -> dict[str, str]:
         return {"model_fingerprint": self._card.fingerprint, "request_id": exchange_of(request.scope).request_id}

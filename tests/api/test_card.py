@@ -23,6 +23,7 @@ async def test_the_card_asks_the_process_every_time() -> None:
         describe=lambda: dict(state),
         is_ready=lambda: state["ready"],
         is_alive=lambda: state["alive"],
+        is_draining=lambda: False,
         run_selftest=_run,
     )
     assert (card.ready, card.alive, card.as_dict()) == (False, True, {"ready": False, "alive": True})

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.api.body_room import BodyRoom
 from app.api.middleware import CLIENT_GONE, PUBLIC_PATHS, Envelope
 from app.metrics import Metrics
 from tests.fakes import FINGERPRINT, OracleScorer, Served, picture, serving, until
@@ -182,6 +183,65 @@ async def test_the_body_of_a_stranger_is_not_read() -> None:
         assert (wire.num_received, wire.status) == (0, 401)
 
 
+CHUNKED, LENGTH = (b"transfer-encoding", b"chunked"), (b"content-length", b"999999999999")
+EARLY: dict[str, tuple[str, str, int, tuple[bytes, bytes]]] = {
+    "no key": ("POST", "/score", 401, (b"x-no-key", b"")),
+    "no route": ("POST", "/nothing", 404, (b"content-type", b"application/json")),
+    "no method": ("DELETE", "/score", 405, (b"content-type", b"application/json")),
+    "no media type": ("POST", "/score", 415, (b"content-type", b"text/plain")),
+    "compressed": ("PUT", "/images", 415, (b"content-encoding", b"gzip")),
+    "a probe": ("GET", "/livez", 200, (b"content-type", b"application/json")),
+    "metrics": ("GET", "/metrics", 200, (b"content-type", b"application/json")),
+}
+
+
+@pytest.mark.parametrize("announced", [CHUNKED, LENGTH, (b"content-length", b"1"), (b"content-length", b"0"), None])
+@pytest.mark.parametrize("name", EARLY)
+async def test_an_answer_that_comes_before_its_body_closes_the_connection(name: str, announced: tuple[bytes, bytes] | None) -> None:
+    """Else the server would read on for as long as the client sends, and who waits for 100 Continue has his next request read as a body."""
+    method, path, status, header = EARLY[name]
+    key = () if name == "no key" else ((b"authorization", b"Bearer " + KEY.encode()),)
+    headers = [header, *key, *([announced] if announced else [])]
+    async with serving(api_key=KEY) as served:
+        wire = Wire()
+        await served.app({**scope(path), "method": method, "headers": headers}, wire.receive, wire.send)
+    assert (wire.status, wire.num_received) == (status, 0)
+    has_body = announced is not None and announced != (b"content-length", b"0")
+    assert dict(wire.sent[0]["headers"]).get(b"connection") == (b"close" if has_body else None)
+
+
+READ = {"scored": (json.dumps(BODY).encode(), 200), "no JSON": (b"{", 400), "no shape": (b"{}", 422), "nothing": (b"", 400)}
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+@pytest.mark.parametrize("name", READ)
+async def test_an_answer_to_a_body_that_was_read_keeps_the_connection(application: Served, name: str, num_chunks: int) -> None:
+    body, status = READ[name]
+    size = -(-len(body) // num_chunks) or 1
+    chunks = [body[at * size : (at + 1) * size] for at in range(num_chunks)]
+    wire = Wire(*({"type": "http.request", "body": chunk, "more_body": at < num_chunks - 1} for at, chunk in enumerate(chunks)))
+    await application.app(scope("/score", CHUNKED), wire.receive, wire.send)
+    assert wire.status == status
+    assert b"connection" not in dict(wire.sent[0]["headers"])
+
+
+async def test_a_body_refused_in_the_middle_closes_the_connection() -> None:
+    async with serving(max_body_bytes=2048, max_image_bytes=1024) as served:
+        wire = Wire(*({"type": "http.request", "body": b" " * 1024, "more_body": True} for _ in range(100)))
+        await served.app(scope("/score", CHUNKED), wire.receive, wire.send)
+    assert (wire.status, wire.num_received) == (413, 3)
+    assert dict(wire.sent[0]["headers"])[b"connection"] == b"close"
+
+
+async def test_a_fault_before_the_body_was_read_closes_the_connection() -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError
+
+    wire = Wire()
+    await enveloped(broken)(scope("/score", LENGTH), wire.receive, wire.send)
+    assert (wire.status, dict(wire.sent[0]["headers"])[b"connection"]) == (500, b"close")
+
+
 async def test_metrics_may_be_public() -> None:
     async with serving(api_key=KEY, public_metrics=True) as served:
         assert (await served.client.get("/metrics")).status_code == 200
@@ -224,7 +284,8 @@ async def test_a_client_that_leaves_during_its_upload_is_cancelled_and_not_faile
     assert application.metric("http_server_active_requests", http_route="/score") == 0
 
 
-async def test_a_request_that_is_cancelled_counts_once() -> None:
+async def test_a_request_that_the_server_gives_up_counts_once() -> None:
+    """At the end of its time it cancels what is left; whoever is still there is told to go elsewhere."""
     scorer = OracleScorer()
     scorer.gate.clear()
     async with serving(scorer=scorer) as served:
@@ -235,7 +296,8 @@ async def test_a_request_that_is_cancelled_counts_once() -> None:
         with pytest.raises(asyncio.CancelledError):
             await request
         scorer.gate.set()
-        assert served.metric("reward_requests_total", endpoint="/score", outcome="cancelled") == 1
+        assert served.metric("reward_requests_total", endpoint="/score", outcome="rejected") == 1
+        assert served.metric("reward_errors_total", endpoint="/score", code="draining") == 1
         assert served.metric("http_server_active_requests", http_route="/score") == 0
         assert served.metric("reward_queue_items") == served.metric("reward_queue_tokens") == 0
 
@@ -294,7 +356,16 @@ async def test_metrics_are_prometheus_text_with_the_documented_names(application
 
 
 def enveloped(app: ASGIApp) -> Envelope:
-    return Envelope(app, fingerprint=FINGERPRINT, api_keys=(), metrics=Metrics(), paths=frozenset({"/score"}))
+    metrics = Metrics()
+    return Envelope(
+        app,
+        fingerprint=FINGERPRINT,
+        api_keys=(),
+        metrics=metrics,
+        paths=frozenset({"/score"}),
+        is_draining=lambda: False,
+        room=BodyRoom(1 << 30, metrics),
+    )
 
 
 async def test_the_last_catch_answers_without_the_text_of_the_fault(caplog: pytest.LogCaptureFixture) -> None:

@@ -48,7 +48,8 @@ FAULTS: dict[str, tuple[str, Any, int, str, str | None]] = {
     "number caption": ("/score", score_with(captions=[SECRET, 4711]), 422, "invalid_request", "captions[1]"),
     "bool caption": ("/score", score_with(captions=[True]), 422, "invalid_request", "captions[0]"),
     "list caption": ("/score", score_with(captions=[[SECRET]]), 422, "invalid_request", "captions[0]"),
-    "huge number caption": ("/score", score_with(captions=[10**4000]), 422, "invalid_request", "captions[0]"),
+    "huge number caption": ("/score", score_with(captions=[10**18]), 422, "invalid_request", "captions[0]"),
+    "number caption of 4000 digits": ("/score", score_with(captions=[10**4000]), 400, "invalid_json", None),
     "surrogate caption": ("/score", score_with(captions=["fine", "\ud800"]), 422, "invalid_unicode", "captions[1]"),
     "surrogate pair the wrong way": ("/score", score_with(captions=["\udc00\ud800"]), 422, "invalid_unicode", "captions[0]"),
     "surrogate prompt": ("/score", score_with(prompt=SECRET + "\udfff"), 422, "invalid_unicode", "prompt"),
@@ -66,7 +67,7 @@ FAULTS: dict[str, tuple[str, Any, int, str, str | None]] = {
     "negative time": ("/score", score_with(timeout_ms=-4711), 422, "invalid_request", "timeout_ms"),
     "time over the cap": ("/score", score_with(timeout_ms=Settings().max_timeout_ms + 1), 422, "invalid_request", "timeout_ms"),
     "time beyond 64 bits": ("/score", score_with(timeout_ms=10**18), 422, "invalid_request", "timeout_ms"),
-    "time of 4000 digits": ("/score", score_with(timeout_ms=10**4000), 422, "invalid_request", "timeout_ms"),
+    "time of 4000 digits": ("/score", score_with(timeout_ms=10**4000), 400, "invalid_json", None),
     "overflowing time": ("/score", json.dumps(score_with(timeout_ms=1)).encode()[:-2] + b"1e999}", 422, "invalid_request", "timeout_ms"),
     "1 for true": ("/score", score_with(explain=1), 422, "invalid_request", "explain"),
     "yes for true": ("/score", score_with(explain="yes"), 422, "invalid_request", "explain"),
@@ -109,6 +110,7 @@ FAULTS: dict[str, tuple[str, Any, int, str, str | None]] = {
     "a web address": ("/score", score_with(image="http://169.254.169.254/latest"), 403, "url_not_allowed", "image"),
 }  # fmt: skip
 FORBIDDEN_FIELDS = ("temperature", "model", "template", "chat_template", "dtype", "max_pixels", "adapter", "images", "processor_kwargs")
+FOREIGN_FIELDS = ("image_index", "ids", "priority")  # of other APIs: groups carry their own image and their own id, and nobody goes first
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -125,7 +127,7 @@ async def test_faults(application: Served, name: str) -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("name", FORBIDDEN_FIELDS)
+@pytest.mark.parametrize("name", [*FORBIDDEN_FIELDS, *FOREIGN_FIELDS])
 async def test_nothing_that_belongs_to_the_artifact_is_a_parameter(application: Served, route: str, name: str) -> None:
     body = {"image": IMAGE, "a": "x", "b": "y"} if route == "/compare" else {"image": IMAGE, "captions": ["x"]}
     error = (await post(application, route, {**body, name: 1})).json()["error"]
@@ -173,6 +175,11 @@ FORM_FAULTS: dict[str, tuple[str, bytes, int, str, str | None]] = {
     "groups": ("/score", form(FILE, ('name="groups"', b"[]")), 422, "unknown_field", "groups"),
     "a JSON part": ("/score", form(FILE, CAPTION, ('name="request"', b"{}")), 422, "unknown_field", "request"),
     "an unknown file": ("/score", form(FILE, CAPTION, ('name="extra"; filename="x"', b"x")), 422, "unknown_field", "extra"),
+    "an unknown picture": ("/score", form(('name="file"; filename="x.png"', PICTURE), CAPTION), 422, "unknown_field", "file"),
+    "an unknown picture, twice": ("/rank", form(*[('name="file"; filename="x.png"', PICTURE)] * 2, CAPTION), 422, "unknown_field", "file"),
+    "an unknown text that is not UTF-8": ("/score", form(FILE, CAPTION, ('name="file"', b"\xff")), 422, "invalid_unicode", "file"),
+    "a picture as a caption": (*("/score", form(FILE, ('name="caption"; filename="x.png"', PICTURE)), 422, "invalid_unicode", "caption"),),
+    "an option of another route": ("/rank", form(FILE, CAPTION, ('name="explain"', b"true")), 422, "unknown_field", "explain"),
     "an empty name": ("/score", form(FILE, CAPTION, ('name=""', b"x")), 422, "unknown_field", None),
     "an odd name": ("/score", form(FILE, CAPTION, ('name="Sesame <b>"', b"x")), 422, "unknown_field", None),
     "an odd name twice": ("/score", form(FILE, ('name="Sesame <b>"', b"x"), ('name="Sesame <b>"', b"x")), 422, "duplicate_part", None),
@@ -205,6 +212,26 @@ async def test_form_faults(application: Served, name: str) -> None:
     assert (answer.status_code, error["code"], error.get("field")) == (status, code, field)
     assert "Sesame" not in answer.text
     assert application.scorer.batches == []
+
+
+@pytest.mark.parametrize(("method", "route"), [*(("POST", route) for route in ROUTES), ("PUT", "/images")])
+async def test_an_unknown_file_is_told_what_the_image_is_called(application: Served, method: str, route: str) -> None:
+    """`curl -F file=@cartoon.png` is a common mistake; it must not read as a fault of the picture."""
+    headers = {"Content-Type": "multipart/form-data; boundary=bound"}
+    content = form(('name="file"; filename="x.png"', PICTURE))
+    answer = await application.client.request(method, route, content=content, headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["field"]) == (422, "unknown_field", "file")
+    assert "the part named image" in error["message"]
+
+
+async def test_parts_may_be_as_many_as_captions_and_a_few_more() -> None:
+    headers = {"Content-Type": "multipart/form-data; boundary=bound"}
+    async with serving(max_captions=4) as served:
+        bodies = [form(FILE, *[CAPTION] * number) for number in (4, 5, 19, 20)]
+        answers = [await served.client.post("/score", content=body, headers=headers) for body in bodies]
+    codes = [answer.json().get("error", {}).get("code") for answer in answers]
+    assert codes == [None, "too_many_items", "too_many_items", "multipart_invalid"]
 
 
 async def test_captions_of_a_form_are_scored_byte_for_byte(application: Served) -> None:

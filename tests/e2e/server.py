@@ -28,7 +28,7 @@ class Server:
 @contextmanager
 def started(*flags: str) -> Iterator[Server]:
     """Start a server, wait for the line that names its address, stop it afterwards."""
-    command = [sys.executable, "-m", "app.cli", "serve", "--port", "0", "--num-threads", "1", *flags]
+    command = [sys.executable, "-m", "app.cli", "serve", "--port", "0", "--num-threads", "1", "--drain-notice-s", "0", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sys.stderr, text=True, env=environment())
     try:
         yield Server(_address(process), process)

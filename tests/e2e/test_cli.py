@@ -15,6 +15,7 @@ import pytest
 from app.artifacts import CONFIG_NAME, DEMO_PATH
 from app.errors import ApiError
 from app.remote import remote_info
+from app.settings import Settings
 from tests.e2e.server import Server, started
 from tests.e2e.test_serving import punchline
 from tests.tiny import edit_json
@@ -127,3 +128,31 @@ def test_a_refused_caption_is_one_line(server: Server) -> None:
     assert done.returncode == 1
     assert "caption_too_long" in done.stderr
     assert "captions[0]" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("score", CARTOON, "a", "--model", "newyorker"),
+        ("compare", CARTOON, "a", "b", "--base-model", "x"),
+        ("info", "demo"),
+        ("selftest", "--model", "demo"),
+    ],
+)
+def test_a_server_is_asked_for_no_other_model_than_its_own(arguments: tuple[str, ...]) -> None:
+    done = punchline(*arguments, "--url", "http://127.0.0.1:9")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--url asks a running server" in " ".join(done.stderr.split())
+
+
+def test_an_address_without_its_scheme_says_so() -> None:
+    done = punchline("info", "--url", "127.0.0.1:8000")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "begins with http://" in done.stderr
+
+
+def test_help_shows_every_variable_and_default_in_a_narrow_terminal() -> None:
+    shown = "".join(punchline("serve", "--help", COLUMNS="80").stdout.split())
+    for name, field in Settings.model_fields.items():
+        assert f"(PUNCHLINE_{name.upper()})" in shown
+        assert field.default is None or f"[default:{field.default}]" in shown, name
