@@ -58,6 +58,9 @@ class Metrics:
             "Requests for scores, images and self-tests by outcome: ok, client_error, rejected, failed, cancelled.",
             ("endpoint", "outcome"),
         )
+        self.requests_by_key = self._counter(
+            "http_server_requests_by_key_total", "Requests that showed a key, by the first 8 hex digits of its SHA-256.", ("key_hash",)
+        )
         self.errors = self._counter("reward_errors_total", "Error answers by code.", ("endpoint", "code"))
 
     def _work(self) -> None:

@@ -125,14 +125,15 @@ class ScoringService:
         explain: bool = False,
         timing: Timing | None = None,
         counted: bool = True,
+        caller: str = "",
     ) -> list[GroupResult]:
         """Score every group, in order.
 
         All or nothing by default: the first caption that cannot be scored raises its ItemRejected. With "null" such a caption
         gets None and its error. Raises ApiError; DeadlineExceeded after `timeout_s` seconds. What is not `counted` is nobody's:
-        golden captions are in no count of captions and in no distribution of scores.
+        golden captions are in no count of captions and in no distribution of scores. `caller`: whose share of the queue it takes.
         """
-        work = self._score(requests, timeout_s, on_item_error, explain, timing or Timing())
+        work = self._score(requests, timeout_s, on_item_error, explain, timing or Timing(), caller)
         if not counted:
             return await work
         with self._receiving(sum(len(request.captions) for request in requests)):
@@ -142,10 +143,10 @@ class ScoringService:
         return results
 
     async def _score(
-        self, requests: Sequence[GroupRequest], timeout_s: float, on_item_error: OnItemError, explain: bool, timing: Timing
+        self, requests: Sequence[GroupRequest], timeout_s: float, on_item_error: OnItemError, explain: bool, timing: Timing, caller: str
     ) -> list[GroupResult]:
         num_captions = sum(len(request.captions) for request in requests)
-        with self._admission.reserve(num_captions) as reservation, _deadline_named():
+        with self._admission.reserve(num_captions, caller) as reservation, _deadline_named():
             deadline = time.monotonic() + timeout_s
             async with asyncio.timeout(timeout_s):
                 prepared = await self._prepare_all(requests, reservation, timing, explain)
@@ -169,14 +170,14 @@ class ScoringService:
     def takes_images(self) -> bool:
         return self._encoder.takes_images
 
-    async def add_image(self, data: bytes, *, timeout_s: float) -> StoredImage:
+    async def add_image(self, data: bytes, *, timeout_s: float, caller: str = "") -> StoredImage:
         """Check, keep and prepare an image so that requests can name it by id. It waits for an encode thread like a caption.
 
         Raises ImageRejected and its kin, Overloaded, DeadlineExceeded after `timeout_s` seconds.
         """
         if not self.takes_images:
             raise InvalidRequest("this model takes no image", field="image")
-        with self._naming_refusals(), self._admission.reserve(1), _deadline_named():
+        with self._naming_refusals(), self._admission.reserve(1, caller), _deadline_named():
             async with asyncio.timeout(timeout_s):
                 return await asyncio.get_running_loop().run_in_executor(self._pool, self._add_image, data)
 

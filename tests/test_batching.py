@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -14,18 +13,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from app.admission import Admission, Reservation
+from app.admission import Admission
 from app.batching import Batcher
 from app.contracts import EncodedGroup, Job, Scores
+from app.dispatch import Dispatch
 from app.errors import (
     ApiError,
     DeadlineExceeded,
     DeviceFault,
     Draining,
     NonfiniteScore,
-    Overloaded,
     ScoringFailed,
-    TooManyTokens,
     Unavailable,
 )
 from app.metrics import Metrics
@@ -46,7 +44,6 @@ from tests.loop_fakes import (
     captions_of,
     expected,
     group_of,
-    sample,
     turns,
     until,
 )
@@ -262,6 +259,31 @@ async def test_the_seconds_of_the_device_are_counted() -> None:
             clock.now += 10
         assert bench.sample("reward_device_busy_seconds_total") == 7
         assert bench.sample("reward_stage_duration_seconds_sum", stage="forward") == 7
+
+
+async def test_jobs_given_up_do_not_pile_up_where_nothing_is_planned() -> None:
+    """They hold pictures, and no budget counts them any more."""
+    dispatch, loop = Dispatch(20), asyncio.get_running_loop()
+    jobs = [Job(group_of(str(number), "x"), loop.create_future(), FAR, 0.0) for number in range(2000)]
+    for job in jobs[:-1]:
+        dispatch.add(job)
+        job.future.cancel()
+    dispatch.add(jobs[-1])
+    assert len(dispatch._waiting) <= 64
+    assert dispatch.not_started == [jobs[-1]]
+
+
+async def test_what_stood_beside_a_score_that_is_not_finite_is_scored_again_without_it() -> None:
+    scorer = GatedScorer()
+    async with batching(scorer, max_batch_tokens=1000) as bench:
+        await busy(bench, scorer)
+        guilty, innocent = submit(bench, group_of("a", NAN), group_of("b", "fine"))
+        scorer.let_go(4)
+        with pytest.raises(NonfiniteScore):
+            await guilty.future
+        assert_scored(await innocent.future, innocent.group)
+        assert [captions_of(call) for call in scorer.calls[1:]] == [[NAN, "fine"], [NAN], ["fine"]]
+        await until(lambda: bench.sample("reward_nonfinite_total") == 1)
 
 
 # Faults of the device
@@ -642,136 +664,6 @@ async def test_a_fault_while_planning_fails_what_waits() -> None:
         scorer.let_go()
         assert [type(outcome) for outcome in await outcomes(jobs)] == [DeviceFault] * 2
         assert not bench.batcher.alive
-
-
-# Admission
-
-
-def admission_of(max_items: int = 10, max_tokens: int = 100) -> tuple[Admission, Metrics]:
-    metrics = Metrics()
-    return Admission(max_items=max_items, max_tokens=max_tokens, metrics=metrics), metrics
-
-
-def queued(metrics: Metrics) -> tuple[float, float]:
-    return sample(metrics, "reward_queue_items"), sample(metrics, "reward_queue_tokens")
-
-
-def test_exactly_what_exceeds_the_bound_is_refused() -> None:
-    admission, metrics = admission_of(max_items=10)
-    taken: list[Reservation] = []
-    refused = []
-    for _ in range(14):
-        try:
-            taken.append(admission.reserve(1))
-        except Overloaded as error:
-            refused.append(error)
-    assert (len(taken), len(refused)) == (10, 4)
-    assert all(int(error.headers["Retry-After"]) >= 1 for error in refused)
-    assert queued(metrics) == (10, 0)
-    with taken.pop():
-        pass
-    admission.reserve(1)
-    assert queued(metrics) == (10, 0)
-
-
-def test_tokens_are_bounded_too() -> None:
-    admission, metrics = admission_of(max_tokens=100)
-    with admission.reserve(1) as one, admission.reserve(1) as other:
-        one.add_tokens(60)
-        other.add_tokens(40)
-        with pytest.raises(Overloaded):
-            other.add_tokens(1)
-        assert queued(metrics) == (2, 100)
-    assert queued(metrics) == (0, 0)
-
-
-def test_what_could_never_fit_is_not_told_to_come_back() -> None:
-    admission, metrics = admission_of(max_tokens=100)
-    with admission.reserve(1) as reservation:
-        reservation.add_tokens(60)
-        with pytest.raises(TooManyTokens):
-            reservation.add_tokens(41)
-        assert queued(metrics) == (1, 60)
-    assert queued(metrics) == (0, 0)
-
-
-def test_a_reservation_is_given_back_whatever_happens() -> None:
-    admission, metrics = admission_of()
-
-    def fail() -> None:
-        with admission.reserve(3) as reservation:
-            reservation.add_tokens(50)
-            raise ValueError("anything")
-
-    with pytest.raises(ValueError, match="anything"):
-        fail()
-    assert queued(metrics) == (0, 0)
-
-
-def test_a_thread_that_comes_late_takes_nothing() -> None:
-    admission, metrics = admission_of()
-    with admission.reserve(1) as reservation:
-        reservation.add_tokens(10)
-    with pytest.raises(DeadlineExceeded):
-        reservation.add_tokens(10)
-    assert queued(metrics) == (0, 0)
-
-
-def test_a_bound_settles_to_the_true_number() -> None:
-    admission, metrics = admission_of(max_tokens=100)
-    with admission.reserve(1) as reservation:
-        reservation.add_tokens(90)
-        reservation.settle(90, 40)
-        assert queued(metrics) == (1, 40)
-        reservation.add_tokens(60)
-        reservation.settle(60, 60)
-        assert queued(metrics) == (1, 100)
-    assert queued(metrics) == (0, 0)
-    reservation.settle(90, 40)  # a thread that comes late gives nothing back twice
-    assert queued(metrics) == (0, 0)
-
-
-def test_a_group_that_is_cut_takes_its_repeated_prefix_or_is_refused() -> None:
-    """The bound counts a prefix once; every piece of a group that is larger than a batch has it again."""
-    admission, metrics = admission_of(max_tokens=100)
-    with admission.reserve(1) as reservation, admission.reserve(1) as other:
-        reservation.add_tokens(50)
-        reservation.settle(50, 70)
-        assert queued(metrics) == (2, 70)
-        other.add_tokens(20)
-        with pytest.raises(Overloaded):
-            other.settle(20, 40)
-        assert queued(metrics) == (2, 90)
-    assert queued(metrics) == (0, 0)
-
-
-def test_threads_that_share_a_reservation_lose_no_tokens() -> None:
-    admission, metrics = admission_of(max_items=1, max_tokens=1 << 30)
-    with ThreadPoolExecutor(4) as pool, admission.reserve(1) as reservation:
-        list(pool.map(lambda _: [reservation.add_tokens(1) for _ in range(2000)], range(4)))
-        assert queued(metrics) == (1, 8000)
-    assert queued(metrics) == (0, 0)
-
-
-def test_retry_after_follows_the_measured_speed() -> None:
-    """Half of 1000 tokens at 100 a second: 5 s, jittered by 0.75 to 1.5 and rounded up; never above 30 s."""
-    admission, _ = admission_of(max_items=1, max_tokens=1000)
-    with admission.reserve(1) as reservation:
-        reservation.add_tokens(1000)
-        seen = set()
-        for _ in range(200):
-            admission.tokens_per_s = 100.0
-            seen.add(retry_after_s(admission))
-        assert seen <= set(range(4, 9))
-        assert len(seen) > 1
-        admission.tokens_per_s = 0.001
-        assert retry_after_s(admission) == 30
-
-
-def retry_after_s(admission: Admission) -> int:
-    with pytest.raises(Overloaded) as refused:
-        admission.reserve(1)
-    return int(refused.value.headers["Retry-After"])
 
 
 async def test_the_batcher_measures_the_speed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import logging
 import re
@@ -27,6 +28,7 @@ log = logging.getLogger("punchline.http")
 PUBLIC_PATHS = frozenset({"/livez", "/readyz"})
 COUNTED_ROUTES = frozenset({"/score", "/compare", "/rank", "/images", "/selftest"})
 UNMATCHED = "_unmatched"
+_NUM_DIGITS = 8  # of a key's hash: enough to tell keys apart, too few to try keys against
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -41,6 +43,7 @@ class Exchange:
     held: HeldBody
     unread: bool
     route: str = UNMATCHED
+    caller: str = ""  # the name of the key it showed
     status: int = 500
     started: bool = False
     error_code: str | None = None
@@ -66,7 +69,7 @@ class Envelope:
     ) -> None:
         self._app = app
         self._fingerprint = fingerprint
-        self._keys = [key.encode() for key in api_keys]
+        self._keys = {key.encode(): hashlib.sha256(key.encode()).hexdigest()[:_NUM_DIGITS] for key in api_keys}
         self._metrics = metrics
         self._paths = paths
         self._is_draining = is_draining
@@ -92,7 +95,7 @@ class Envelope:
     async def _answer(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
         answer: Response
         try:
-            self._authorize(scope)
+            exchange.caller = self._authorize(scope)
             await self._app(scope, receive, send)
             return
         except ApiError as error:
@@ -112,15 +115,17 @@ class Envelope:
             answer = refuse(ApiError("internal error"), exchange)
         await answer(scope, receive, send)
 
-    def _authorize(self, scope: Scope) -> None:
-        """By the path the router sees, never by a URL rebuilt from the Host header."""
+    def _authorize(self, scope: Scope) -> str:
+        """By the path the router sees, never by a URL rebuilt from the Host header. Returns the name of the key."""
         if not self._keys or scope["path"] in self._public_paths:
-            return
+            return ""
         given = Headers(scope=scope).getlist("authorization")
         scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-        found = [hmac.compare_digest(token.strip().encode(), key) for key in self._keys]
-        if scheme.lower() != "bearer" or not any(found):
+        found = [name for key, name in self._keys.items() if hmac.compare_digest(token.strip().encode(), key)]  # each is compared
+        if scheme.lower() != "bearer" or not found:
             raise Unauthorized("a valid key is needed: Authorization: Bearer", headers={"WWW-Authenticate": "Bearer"})
+        self._metrics.requests_by_key.labels(found[0]).inc()
+        return found[0]
 
     def _signing(self, send: Send, exchange: Exchange) -> Send:
         async def sign(message: Message) -> None:

@@ -204,8 +204,10 @@ class Routes:
 
     async def put_image(self, request: Request) -> Response:
         """Raw bytes or a multipart part named `image`; checked and decoded now, so that later requests only name it."""
-        data = await read_image(request, self._settings)
-        stored = await unless_gone(request, self._service.add_image(data, timeout_s=self._settings.default_timeout_ms / 1000))
+        data, caller = await read_image(request, self._settings), exchange_of(request.scope).caller
+        stored = await unless_gone(
+            request, self._service.add_image(data, timeout_s=self._settings.default_timeout_ms / 1000, caller=caller)
+        )
         return JsonAnswer(
             ImageAnswer(
                 image_id=stored.image_id,
@@ -263,8 +265,10 @@ class Routes:
     async def _score(
         self, request: Request, groups: list[GroupRequest], deadline: float, on_item_error: OnItemError = "fail", explain: bool = False
     ) -> list[GroupResult]:
-        timing = exchange_of(request.scope).timing
-        work = self._service.score(groups, timeout_s=deadline, on_item_error=on_item_error, explain=explain, timing=timing)
+        exchange = exchange_of(request.scope)
+        work = self._service.score(
+            groups, timeout_s=deadline, on_item_error=on_item_error, explain=explain, timing=exchange.timing, caller=exchange.caller
+        )
         return await unless_gone(request, work)
 
     def _signature(self, request: Request) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 import re
 from typing import Any
@@ -162,6 +163,17 @@ async def test_any_of_the_keys_opens(credential: str) -> None:
     async with serving(api_key=f" {KEY} ,{SECOND}\n", headers={"Authorization": credential}) as served:
         assert (await served.client.post("/score", json=BODY)).status_code == 200
         assert (await served.client.get("/metrics")).status_code == 200
+
+
+async def test_requests_are_counted_by_key_and_no_key_can_be_read_from_it() -> None:
+    async with serving(api_key=f"{KEY},{SECOND}") as served:
+        for key in (KEY, KEY, SECOND, "a-key-that-nobody-has"):
+            await served.client.get("/info", headers={"Authorization": f"Bearer {key}"})
+        names = [hashlib.sha256(key.encode()).hexdigest()[:8] for key in (KEY, SECOND)]
+        assert [served.metric("http_server_requests_by_key_total", key_hash=name) for name in names] == [2, 1]
+        shown = (await served.client.get("/metrics", headers={"Authorization": f"Bearer {KEY}"})).text
+        assert KEY not in shown
+        assert SECOND not in shown
 
 
 @pytest.mark.parametrize(
