@@ -133,6 +133,10 @@ class Batcher:
             raise RuntimeError("the batch loop was never started")
         return await asyncio.shield(self._fault)
 
+    async def idle(self) -> None:
+        """Wait until nothing is queued or computed."""
+        await self._idle.wait()
+
     def give_up(self, fault: DeviceBroken) -> None:
         """Somebody else saw that no further number can be believed."""
         self._break(fault)

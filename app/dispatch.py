@@ -53,10 +53,17 @@ class Batch:
         return sum(rows for rows, piece in zip(num_rows, self.pieces, strict=True) if piece.job.future.done()) / sum(num_rows)
 
     def check(self, results: Sequence[Scores]) -> list[Outcome]:
-        """Scores of the right number, all finite, or the error in their place. Raises ScoringFailed when groups are missing."""
+        """Scores of the right number, all finite, or the error in their place.
+
+        Raises ScoringFailed when groups are missing, NonfiniteScore when one of several has a score that is not finite: what stood
+        beside it is scored again without it, to rule out that it spread.
+        """
         if len(results) != len(self.pieces):
             raise ScoringFailed(f"{len(self.pieces)} groups went in, {len(results)} came out", code="internal_shape")
-        return [_checked(len(piece.group.rows), scores) for piece, scores in zip(self.pieces, results, strict=True)]
+        outcomes = [_checked(len(piece.group.rows), scores) for piece, scores in zip(self.pieces, results, strict=True)]
+        if len(self.pieces) > 1 and (fault := next((each for each in outcomes if isinstance(each, NonfiniteScore)), None)):
+            raise fault
+        return outcomes
 
     def can_halve(self, error: Exception) -> bool:
         """Whether what is at fault is not alone yet; for want of memory a group is halved by its captions too."""

@@ -185,7 +185,7 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         return PreparedBatch(tuple(groups), tuple(parts), places, self._staged(parts))
 
     def score(self, prepared: PreparedBatch) -> list[Scores]:
-        """Scores of every group, in order. Nothing is kept of a part with a score that is not finite.
+        """Scores of every group, in order. Nothing is kept of a batch with a score that is not finite.
 
         Raises OutOfMemory, after it gave up what it kept on the device: the caller's smaller batches may need the room.
         """
@@ -221,8 +221,9 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         missing = [index for index, outcome in enumerate(outcomes) if not all(outcome.is_known)]
         todo = [self._share(prepared.parts[index], outcomes[index]) for index in missing]
         results = self._computed([share for share, _ in todo])
+        sound = all(math.isfinite(score) for computed in results for score in computed.scores)
         for index, (share, doubted), computed in zip(missing, todo, results, strict=True):
-            self._learn(prepared.parts[index], outcomes[index], share, doubted, computed)
+            self._learn(prepared.parts[index], outcomes[index], share, doubted, computed, sound=sound)
         return _Bill(prepared, outcomes).scores()
 
     def _staged(self, parts: Sequence[_Part]) -> dict[str, Any]:
@@ -364,11 +365,13 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         share: Share[_Features, _KeysValues],
         doubted: KeptPrefix[_KeysValues] | None,
         computed: Computed[_KeysValues],
+        *,
+        sound: bool,
     ) -> None:
-        """Take the scores over, compare what was doubted, keep what is sound."""
+        """Take the scores over, compare what was doubted, keep what is sound: all scores of the batch were finite."""
         if len(computed.scores) != len(share.rows):
             raise RuntimeError(f"the model returned {len(computed.scores)} scores for {len(share.rows)} rows")
-        sound = all(map(math.isfinite, computed.scores)) and not part.fresh
+        sound = sound and not part.fresh
         if doubted is not None:
             self._compare("prefixes", doubted.keys_values, computed.prefix.keys_values)
         if share.kept is None:

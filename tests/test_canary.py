@@ -12,7 +12,21 @@ import pytest
 from app.canary import MAX_CASES, Canary
 from app.contracts import EncodedGroup, Scores
 from app.golden import GoldenCase
-from tests.loop_fakes import NAN, PATIENCE_S, RAISE, Bench, FakeClock, FaultyScorer, batching, captions_of, expected, group_of, turns, until
+from tests.loop_fakes import (
+    NAN,
+    PATIENCE_S,
+    RAISE,
+    Bench,
+    FakeClock,
+    FaultyScorer,
+    GatedScorer,
+    batching,
+    captions_of,
+    expected,
+    group_of,
+    turns,
+    until,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -23,11 +37,14 @@ class DriftingScorer(FaultyScorer):
     def __init__(self, clock: FakeClock | None = None, took_s: float = 0.0) -> None:
         super().__init__()
         self.error = 0.0
+        self.fails = False
         self._clock = clock or FakeClock()
         self._took_s = took_s
 
     def score(self, prepared: tuple[EncodedGroup, ...]) -> list[Scores]:
         self._clock.now += self._took_s
+        if self.fails:
+            raise ValueError("a passing fault")
         return [replace(scores, values=tuple(value + self.error for value in scores.values)) for scores in super().score(prepared)]
 
     @property
@@ -128,6 +145,22 @@ async def test_a_caption_that_fails_takes_readiness_and_never_the_process() -> N
         assert canary.wait_s == 30  # not once a second for ever
 
 
+async def test_one_wrong_score_after_failures_is_one_wrong_score() -> None:
+    """Failures take readiness; only scores that are wrong, three of them and none right between, end the process."""
+    scorer = DriftingScorer()
+    async with watching(scorer) as (bench, canary):
+        for _ in range(3):
+            scorer.fails = True
+            await canary.look()
+        scorer.fails, scorer.error = False, 1.0
+        seen = []
+        for _ in range(3):
+            await canary.look()
+            seen.append(bench.batcher.alive)
+        assert seen == [True, True, False]
+        assert not canary.is_well
+
+
 async def test_nan_on_the_device_is_a_miss() -> None:
     async with watching(DriftingScorer(), cases_of(group_of("a", NAN))) as (bench, canary):
         for _ in range(3):
@@ -164,14 +197,31 @@ async def test_it_looks_every_so_often_and_sooner_after_a_miss() -> None:
         assert canary.is_well
 
 
-@pytest.mark.parametrize(("took_s", "wait_s"), [(0.01, 30), (2.0, 40), (7.0, 120), (50.0, 120)])
+@pytest.mark.parametrize(("took_s", "wait_s"), [(0.01, 30), (1.0, 50), (2.0, 100), (50.0, 120)])
 async def test_a_slow_device_is_asked_less_often(took_s: float, wait_s: float) -> None:
-    """At most a twentieth of its time, and yet a success within 180 s."""
+    """At most a fiftieth of its time, and yet a success within 180 s."""
     clock = FakeClock()
     async with batching(DriftingScorer(clock, took_s), clock=clock) as bench:
         canary = Canary(bench.batcher, CASES, tolerance=1e-4, every_s=30, metrics=bench.metrics, clock=clock)
         await canary.look()
         assert canary.wait_s == pytest.approx(wait_s)
+
+
+async def test_who_asks_for_scores_goes_first() -> None:
+    scorer, naps = GatedScorer(), Naps()
+    async with (
+        batching(scorer) as bench,
+        Canary(bench.batcher, CASES, tolerance=1e-4, every_s=30, metrics=bench.metrics, sleep=naps),
+    ):
+        job = bench.batcher.submit(group_of("busy", "x"), 1e12)
+        await scorer.entered()
+        await until(lambda: len(naps.asked) == 1)
+        naps.end()
+        await turns()
+        assert len(scorer.prepared) == 1  # nothing but the job was even made ready
+        scorer.let_go(2)
+        await job.future
+        await until(lambda: len(scorer.prepared) == 2)
 
 
 async def test_switched_off_it_never_looks() -> None:
