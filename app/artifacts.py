@@ -30,6 +30,7 @@ BUNDLED = {"demo": DEMO_PATH, "newyorker": DEMO_PATH.with_name("newyorker")}
 TEMPLATE = "{prompt}\n\nCandidate caption: {caption}\n\nJudge how funny this caption is for the cartoon."
 DEFAULT_PROMPT = "Write a funny one-line caption for this New Yorker-style cartoon."
 _OWN_FOLDER = re.compile(r"\./[A-Za-z0-9][A-Za-z0-9._-]*")  # one folder directly in the artifact
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_SHOWN = 60  # characters of a wrong value in an error
 _Model = TypeVar("_Model", bound=BaseModel)
 _NOT_SCORING = {"files", "training", "description", "score_distribution"} | {  # the base itself is in the fingerprint
@@ -192,21 +193,33 @@ class Artifact:
         return golden
 
 
-def open_artifact(model: str, *, base_model: str | None = None, offline: bool = False) -> Artifact:
-    """Find the artifact and its base, check layout and hashes. Raises ArtifactInvalid with one line."""
-    root = BUNDLED.get(model) or _find(model, None, offline, "model")
+@dataclass(frozen=True, slots=True)
+class _Hub:
+    """How the Hub may be used: not at all beyond its cache, or only for exact commits."""
+
+    offline: bool = False
+    require_pinned: bool = False
+
+
+def open_artifact(model: str, *, base_model: str | None = None, offline: bool = False, require_pinned: bool = False) -> Artifact:
+    """Find the artifact and its base, check layout and hashes. Raises ArtifactInvalid with one line.
+
+    `require_pinned`: a Hub id without a commit is refused, for what a branch or a tag names may change between two starts.
+    """
+    hub = _Hub(offline, require_pinned)
+    root = BUNDLED.get(model) or _find(model, None, hub, "model")
     config = _read_model(root / CONFIG_NAME, RewardModelConfig)
     _check_layout(root, config)
     _check_hashes(root, config)
     assumed = tuple(f"{name}={_show(getattr(config, name))}" for name in _ASSUMABLE if name not in config.model_fields_set)
-    artifact = Artifact(root, config, _find_base(root, config, base_model, offline), assumed)
+    artifact = Artifact(root, config, _find_base(root, config, base_model, hub), assumed)
     artifact.golden()
     return artifact
 
 
 def describe_artifact(model: str, *, offline: bool = False) -> tuple[Path, RewardModelConfig]:
     """Where an artifact lies and what its configuration says; nothing else is checked."""
-    root = BUNDLED.get(model) or _find(model, None, offline, "model")
+    root = BUNDLED.get(model) or _find(model, None, _Hub(offline), "model")
     return root, _read_model(root / CONFIG_NAME, RewardModelConfig)
 
 
@@ -255,7 +268,7 @@ def recipe_sha256(config: RewardModelConfig) -> str:
 
 def find_base(name: str, revision: str | None = None, *, offline: bool = False) -> Path:
     """The directory of a base model, by path or pinned Hub id, with weights that can be loaded safely. Raises ArtifactInvalid."""
-    return _checked_base_folder(_find(name, revision, offline, "base model"))
+    return _checked_base_folder(_find(name, revision, _Hub(offline), "base model"))
 
 
 def _digest(value: Any) -> str:
@@ -308,7 +321,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + ".."
 
 
-def _find(name: str, revision: str | None, offline: bool, what: str) -> Path:
+def _find(name: str, revision: str | None, hub: _Hub, what: str) -> Path:
     """A directory as it is, else a pinned Hub snapshot."""
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser it raises for no name
     if path.is_dir():
@@ -316,20 +329,23 @@ def _find(name: str, revision: str | None, offline: bool, what: str) -> Path:
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise ArtifactInvalid(f"{name}: {what} is neither a directory nor a Hub id (owner/name)")
     repo, _, pinned = name.partition("@")
-    try:
-        return Path(
-            snapshot_download(repo, revision=pinned or revision, local_files_only=offline, ignore_patterns=["*.bin", "*.gguf", "*.onnx"])
+    revision = pinned or revision
+    if hub.require_pinned and not (revision and _COMMIT.fullmatch(revision)):
+        raise ArtifactInvalid(
+            f"{name}: {what} is not pinned to a commit (PUNCHLINE_REQUIRE_PINNED); expected owner/name@ and 40 hex digits"
         )
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=hub.offline, ignore_patterns=["*.bin", "*.gguf", "*.onnx"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ArtifactInvalid(
             f"{name}: {what} is no directory here, and could not be fetched from the Hub ({type(error).__name__})"
         ) from None
 
 
-def _find_base(root: Path, config: RewardModelConfig, override: str | None, offline: bool) -> Path:
+def _find_base(root: Path, config: RewardModelConfig, override: str | None, hub: _Hub) -> Path:
     if override and config.kind == "full_head":
         raise ArtifactInvalid(f"{root / CONFIG_NAME}: a full_head artifact carries its trained base; expected no other, found {override}")
-    return _checked_base_folder(_locate_base(root, config, override, offline))
+    return _checked_base_folder(_locate_base(root, config, override, hub))
 
 
 def _checked_base_folder(base: Path) -> Path:
@@ -343,12 +359,12 @@ def _checked_base_folder(base: Path) -> Path:
     return base
 
 
-def _locate_base(root: Path, config: RewardModelConfig, override: str | None, offline: bool) -> Path:
+def _locate_base(root: Path, config: RewardModelConfig, override: str | None, hub: _Hub) -> Path:
     """The override, else the configured base; a relative one is a folder of the artifact and never a Hub id."""
     if override:
-        return _find(override, None, offline, "base model")
+        return _find(override, None, hub, "base model")
     if not config.base_model_name.startswith("./"):
-        return _find(config.base_model_name, config.base_model_revision, offline, "base model")
+        return _find(config.base_model_name, config.base_model_revision, hub, "base model")
     base = root / config.base_model_name
     if not base.is_dir():
         raise ArtifactInvalid(f"{base}: missing; it should hold the base model")

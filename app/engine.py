@@ -21,7 +21,7 @@ from app.encoding import positions
 from app.faults import faults_named
 from app.layers import prepack
 from app.machine import peak_bytes, reset_peak, resident_bytes
-from app.model import RewardModel
+from app.model import RewardModel, own_memory
 from app.reuse import Computed, KeptPrefix, Share
 from app.transfer import Staged, Stager, on_device
 from app.vision import VisionTower
@@ -36,12 +36,17 @@ _AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # what rounding in othe
 
 
 class Engine:
-    """Runs batches on a loaded model, whose linear layers it prepacks where that helps. Call it from one thread."""
+    """Runs batches on a loaded model, whose linear layers it prepacks where that helps. Call it from one thread.
+
+    On a CPU every weight is in memory of this process's own afterwards, wherever it was before.
+    """
 
     def __init__(self, model: RewardModel) -> None:
         self._model = model
         backbone = model.backbone
         self.num_prepacked = prepack(backbone)
+        if model.device.type == "cpu":
+            own_memory(model)  # before anything takes a view of a weight that still lies in a mapped file
         self._text = backbone.language_model if model.takes_images else backbone
         self._decoder = Decoder(self._text)
         self._vision = VisionTower(backbone.visual) if model.takes_images else None

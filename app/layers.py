@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from app.errors import SettingsInvalid
+from app.machine import MappedFiles
 
 Step: TypeAlias = Callable[..., Tensor]
 _EXPECTED_ROWS = 512  # tokens of a usual batch: what oneDNN chooses the order of the weight for
@@ -34,7 +35,7 @@ class PrepackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _EXPECTED_ROWS)
-        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.bias = None if linear.bias is None else linear.bias.detach().clone()  # it may lie in a mapped file
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
@@ -193,14 +194,17 @@ def _works(dtype: torch.dtype) -> bool:
 def prepack(module: nn.Module) -> int:
     """Replace every plain linear layer below `module` by its prepacked form, one at a time; returns how many.
 
-    Each weight is freed before the next is packed, so memory grows by the largest of them and no more.
+    Each weight is freed before the next is packed, so memory grows by the largest of them and no more; the pages of one that lies
+    in a mapped file are given back.
     """
+    mapped = MappedFiles()
     names = [name for name, layer in module.named_modules() if name and can_prepack(layer)]
     for name in names:
         parent_name, _, child = name.rpartition(".")
         parent: Any = module.get_submodule(parent_name)
         linear = parent.get_submodule(child)
         setattr(parent, child, PrepackedLinear(linear))
+        mapped.forget(linear.weight.data_ptr(), linear.weight.nbytes)
         del linear
     gc.collect()
     return len(names)

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+from bisect import bisect_right
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -73,6 +74,24 @@ def mapped_files(maps: Path = Path("/proc/self/maps")) -> list[tuple[int, int]]:
     fields = [line.split(maxsplit=5) for line in _read(maps).splitlines()]
     ranges = [parts[0].split("-") for parts in fields if len(parts) > 5 and parts[5].startswith("/")]
     return sorted((int(first, 16), int(behind, 16)) for first, behind in ranges)
+
+
+class MappedFiles:
+    """Where files were mapped into this process's memory when this was made."""
+
+    def __init__(self) -> None:
+        self._ranges = mapped_files()
+        self._firsts = [first for first, _ in self._ranges]
+
+    def hold(self, address: int, num_bytes: int) -> bool:
+        """Whether all these bytes are a file's."""
+        place = bisect_right(self._firsts, address) - 1
+        return place >= 0 and address + num_bytes <= self._ranges[place][1]
+
+    def forget(self, address: int, num_bytes: int) -> None:
+        """Give back the pages of what will not be read again; nothing happens to other memory."""
+        if self.hold(address, num_bytes):
+            forget_pages(address, num_bytes)
 
 
 def forget_pages(address: int, num_bytes: int) -> bool:

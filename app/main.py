@@ -87,7 +87,9 @@ class Runtime:
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Runtime]:
     """Load, start, self-test; on leaving, answer everything accepted. Raises StartRefused."""
-    artifact = open_artifact(settings.model, base_model=settings.base_model, offline=settings.offline)
+    artifact = open_artifact(
+        settings.model, base_model=settings.base_model, offline=settings.offline, require_pinned=settings.require_pinned
+    )
     if artifact.assumed:
         log.warning("%s says little about itself; assumed: %s", artifact.root, ", ".join(artifact.assumed))
     if artifact.config.description:
@@ -101,6 +103,7 @@ async def running(settings: Settings) -> AsyncIterator[Runtime]:
         dtype=settings.dtype,
         lora=settings.lora,
         switches={"compile": settings.compile, "deterministic": settings.deterministic},
+        leave_mapped=True,  # the engine packs most of it, which copies as well
     )
     async with started(settings, artifact, encoder, loaded) as runtime:
         yield runtime

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -26,7 +25,7 @@ from app.artifacts import ADAPTER_WEIGHTS_NAME, Artifact, base_sha256, fingerpri
 from app.encoding import TEXT_ONLY_FAMILIES
 from app.errors import ArtifactInvalid
 from app.heads import LinearHead, load_head
-from app.machine import forget_pages, mapped_files
+from app.machine import MappedFiles, forget_pages
 from app.packing import Packed
 from app.varlen import choose, installed
 
@@ -131,9 +130,11 @@ def load_model(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     lora: Literal["merged", "unmerged"] = "merged",
     switches: Mapping[str, bool] | None = None,
+    leave_mapped: bool = False,
 ) -> LoadedModel:
     """Base, adapter if there is one, and head, every part checked against the others. Raises ArtifactInvalid naming the file at fault.
 
+    `leave_mapped`: on a CPU the weights still lie in their mapped files; an engine packs most of them, which copies as well.
     `switches`: ways of computing that move the last digits of a score; those that are on are part of the fingerprint.
     """
     place = torch.device(resolve_device(device))
@@ -149,8 +150,8 @@ def load_model(
         raise ArtifactInvalid(f"{artifact.head_path}: head takes {head.linear.in_features} values, the base gives {hidden}")
     model = RewardModel(backbone, head).eval().requires_grad_(False)
     _refuse_nonfinite(model, artifact)
-    if place.type == "cpu":
-        _own_memory(model)
+    if place.type == "cpu" and not leave_mapped:
+        own_memory(model)
     _move(model, place)
     runtime = {"dtype": number, "device": place.type, "lora": lora if has_adapter else "none", "encoding": ENCODING_VERSION}
     runtime |= {name: version(name) for name in _SCORING_LIBRARIES}
@@ -196,7 +197,8 @@ def load_backbone(artifact: Artifact, dtype: torch.dtype) -> Any:
 
 def _key_mapping(path: Path, family: str) -> dict[str, str] | None:
     """What transformers must be told of the names in a base, None where it knows them itself. Raises ArtifactInvalid for double ones."""
-    names = [name for shard in _shards(path) for name in _tensor_names(shard)]
+    names_of = {shard: _tensor_names(shard) for shard in sorted(path.glob("*.safetensors"))}
+    names = [name for shard in _shards(path) for name in names_of.get(shard, ())]
     _refuse_doubles(path, [_backbone_name(name, family) for name in names])
     return _BACKBONE_NAMES[family] if any(name.startswith("model.visual.") for name in names) else None
 
@@ -384,14 +386,12 @@ def _refuse_nonfinite(model: RewardModel, artifact: Artifact) -> None:
             raise ArtifactInvalid(f"{artifact.base_path}: {name} is not finite")
 
 
-def _own_memory(model: RewardModel) -> None:
+def own_memory(model: nn.Module) -> None:
     """Copy what is still a mapped file, tensor by tensor: a file that changes after its check must not change what is served."""
-    mapped = mapped_files()
-    firsts = [first for first, _ in mapped]
+    mapped = MappedFiles()
     for tensor in model.parameters():
         data = tensor.data
-        place = bisect_right(firsts, data.data_ptr()) - 1
-        if place >= 0 and data.data_ptr() + data.nbytes <= mapped[place][1]:
+        if mapped.hold(data.data_ptr(), data.nbytes):
             tensor.data = _copied(data)
 
 
@@ -411,7 +411,10 @@ def _move(model: RewardModel, place: torch.device) -> None:
     try:
         model.to(place)
     except torch.OutOfMemoryError:
-        raise ArtifactInvalid(f"device {place}: the model does not fit into its free memory") from None
+        needed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        free, whole = torch.cuda.mem_get_info(place)
+        sizes = f"{needed / 2**30:.1f} GiB of weights, {free / 2**30:.1f} of {whole / 2**30:.1f} GiB were left when it ended"
+        raise ArtifactInvalid(f"device {place}: the model does not fit into its free memory ({sizes})") from None
 
 
 def _reason(error: Exception) -> str:

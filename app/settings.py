@@ -27,6 +27,9 @@ class Settings(BaseSettings):
     model: str = Field("demo", description="The artifact to serve: a directory, a Hub id (`owner/name@revision`), `demo` or `newyorker`.")
     base_model: str | None = Field(None, description="Where the base model lies, if not where the artifact says.")
     offline: bool = Field(False, description="Never ask the Hub; serve from local files and its cache only.")
+    require_pinned: bool = Field(
+        False, description="Refuse a model or base that is a Hub id without its commit (`owner/name@` and 40 hex digits)."
+    )
     device: str = Field("auto", description="Where to compute: auto, cpu, cuda or cuda:N.", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Number format of the backbone; auto takes the artifact's on a GPU and float32 on a CPU."

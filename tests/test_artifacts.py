@@ -194,6 +194,21 @@ def test_an_artifact_that_does_not_exist(name: str) -> None:
             open_it(name, offline=True)
 
 
+@pytest.mark.parametrize("name", ["nobody/nothing", "nobody/nothing@main", "nobody/nothing@abc123", "nobody/nothing@" + "A" * 40])
+def test_where_commits_are_asked_for_nothing_else_is_taken(name: str) -> None:
+    with pytest.raises(ArtifactInvalid, match=r"model is not pinned to a commit \(PUNCHLINE_REQUIRE_PINNED\)"):
+        open_artifact(name, require_pinned=True)
+
+
+def test_a_commit_is_pinned_and_folders_need_no_pin(full: Path) -> None:
+    with pytest.raises(ArtifactInvalid, match="could not be fetched"):
+        open_artifact("nobody/nothing@" + "a" * 40, offline=True, require_pinned=True)
+    assert open_artifact(str(full), require_pinned=True).root == full
+    edit_json(full / CONFIG_NAME, base_model_name="nobody/base", files={})
+    with pytest.raises(ArtifactInvalid, match="nobody/base: base model is not pinned to a commit"):
+        open_artifact(str(full), require_pinned=True)
+
+
 def test_a_hub_id_offline_is_refused() -> None:
     with pytest.raises(ArtifactInvalid, match="nobody/nothing@abc: model is no directory here, and could not be fetched from the Hub"):
         open_artifact("nobody/nothing@abc", offline=True)

@@ -24,6 +24,7 @@ from app.engine import Engine
 from app.errors import DeviceBroken, OutOfMemory
 from app.golden import GOLDEN_TOLERANCE, tolerance_of
 from app.layers import PrepackedLinear
+from app.machine import MappedFiles
 from app.metrics import Metrics
 from app.model import RewardModel, load_model
 from app.reuse import KeptPrefix, Share
@@ -662,3 +663,29 @@ def test_an_image_cut_by_the_prefix_is_refused_with_a_kept_prefix_too(worlds: Wo
 @pytest.mark.parametrize(("one", "other"), [((3, 4), (5, 4)), ((2, 2, 3, 2, 16), (2, 2, 3, 1, 16))])
 def test_results_of_other_shapes_do_not_agree(worlds: Worlds, one: tuple[int, ...], other: tuple[int, ...]) -> None:
     assert not worlds("vision").engine.agree(torch.zeros(one), torch.zeros(other), exact=False)
+
+
+def scores_of(engine: Engine, group: EncodedGroup) -> tuple[float, ...]:
+    """Of a group with a picture, all of it new."""
+    assert group.image is not None
+    features = engine.image_features(group.image)
+    (computed,) = engine.forward([Share(group.rows[0][: group.num_prefix], group.rows, group.image, features, None)])
+    return computed.scores
+
+
+def test_an_engine_takes_its_weights_out_of_their_files(published: Path, tmp_path: Path) -> None:
+    """Loaded for a server they still lie in mapped files; once packed, nothing does, and a file that is overwritten changes no score."""
+    root = copy_artifact(published, tmp_path)
+    artifact = open_artifact(str(root), offline=True)
+    encoder, loaded = load_encoder(artifact), load_model(artifact, device="cpu", leave_mapped=True)
+    group = encode(encoder, (120, 90), 1, ["one", "another one"])
+    engine = Engine(loaded.model)
+    mapped = MappedFiles()
+    tensors = [*loaded.model.parameters(), engine._vision._patch_weight]  # type: ignore[union-attr]
+    assert not any(mapped.hold(tensor.data_ptr(), tensor.nbytes) for tensor in tensors if not tensor.is_mkldnn)
+    before = scores_of(engine, group)
+    weights = tmp_path / "base/model.safetensors"
+    with weights.open("r+b") as stream:
+        stream.seek(1 << 16)
+        stream.write(bytes(weights.stat().st_size - (1 << 16)))
+    assert scores_of(engine, group) == before

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, MistralConfig, MistralModel
 
 from app.artifacts import Artifact, base_sha256, open_artifact
@@ -164,6 +165,20 @@ def test_loading_leaves_one_copy_of_the_weights(artifact: Artifact) -> None:
     gc.collect()
     own = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
     assert num_tensor_bytes() - before <= 1.02 * own
+
+
+def shard_base(root: Path, more: Tensors) -> None:
+    """The base in two shards with an index, the second with something more."""
+    folder = root / "../base"
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = [{name: tensors[name] for name in names[::2]}, {name: tensors[name] for name in names[1::2]} | more]
+    places = {}
+    for number, part in enumerate(parts, start=1):
+        save_file(part, folder / f"model-{number}.safetensors", metadata={"format": "pt"})
+        places |= dict.fromkeys(part, f"model-{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 def num_tensor_bytes() -> int:
@@ -329,7 +344,15 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     ),
     "a base weight under two names": (
         base(lambda tensors: tensors.update({"model.visual.merger.ln_q.weight": torch.ones(48)})),
-        r"model.safetensors: 1 weights under two names, first visual.merger.ln_q.weight$",
+        r"base: 1 weights under two names, first visual.merger.ln_q.weight$",
+    ),
+    "a base weight under two names in two shards": (
+        lambda root: shard_base(root, {"model.visual.merger.ln_q.weight": torch.ones(48)}),
+        r"base: 1 weights under two names, first visual.merger.ln_q.weight$",
+    ),
+    "an index of weights that is none": (
+        lambda root: (shard_base(root, {}), (root / "../base/model.safetensors.index.json").write_text("[]")),
+        r"model.safetensors.index.json: cannot be read as an index of weights",
     ),
     "a base weight missing": (base(remove("layers.1.mlp")), "base: 1 missing keys in the base weights, first language_model.layers.1.mlp"),
     "a base weight too many": (base(lambda tensors: tensors.update({"visual.extra": torch.ones(2)})), "1 unexpected keys .*visual.extra"),
