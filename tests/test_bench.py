@@ -17,7 +17,7 @@ from app import cli
 from app.bench.command import Options, bench, bench_settings, read_numbers, show
 from app.bench.load import BUSY, busy_seconds
 from app.bench.plot import check_plot, write_plot
-from app.bench.report import MAX_SHARE_OF_SPREAD, Hold, Report
+from app.bench.report import MAX_RMS_OF_SPREAD, MAX_SHARE_OF_SPREAD, Hold, Report
 from app.bench.run import Plan, run_ways
 from app.bench.tables import WIDTH, _mark, tables_of
 from app.bench.ways import COLD, HTTP_WARM, PADDED, PLAIN, WARM, WAYS, Measured, Row
@@ -42,7 +42,7 @@ def changed(report: Report, way: str, change: Callable[[Row], Row]) -> Report:
 
 def wrong(report: Report, way: str) -> Report:
     """As if the scores of a way had differed."""
-    return changed(report, way, lambda row: replace(row, runs=tuple(replace(run, difference=0.5) for run in row.runs)))
+    return changed(report, way, lambda row: replace(row, runs=tuple(replace(run, gaps=(0.5,)) for run in row.runs)))
 
 
 def text_of(report: Report) -> str:
@@ -150,13 +150,13 @@ def test_in_bfloat16_the_spread_is_the_measure(report: Report) -> None:
     spread = report.measured.spread
     assert spread is not None
     half = replace(report, subject=replace(report.subject, dtype="bfloat16"))
-    assert half.tolerance == MAX_SHARE_OF_SPREAD * spread
+    assert (half.tolerance, half.rms_tolerance) == (MAX_SHARE_OF_SPREAD * spread, MAX_RMS_OF_SPREAD * spread)
     assert "largest difference to the plain way, float32" not in {hold.what for hold in half.holds()}
 
 
 def test_without_a_second_copy_there_is_no_ratio_and_no_fault(report: Report) -> None:
     rows = tuple(
-        replace(row, runs=tuple(replace(run, difference=None) for run in row.runs))
+        replace(row, runs=tuple(replace(run, gaps=None) for run in row.runs))
         for row in report.measured.rows
         if row.way not in (PLAIN, PADDED)
     )
@@ -271,3 +271,22 @@ def test_the_servers_own_count_of_its_devices_work() -> None:
 def test_a_ratio_that_no_machine_of_this_rate_could_reach_is_missed_and_says_so(found: float | None, ceiling: float, mark: str) -> None:
     """7.5 asks for 8 s where the other way takes 60; products at the best rate alone take 60 / 7.2."""
     assert _mark(Hold("a ratio", 7.5, "x", True, found, ceiling)) == mark
+
+
+@pytest.mark.parametrize(
+    ("gaps", "is_rounding"),
+    [
+        ((0.4, 0.4, 0.4, 0.4), True),
+        ((0.6, 0.6, 0.6, 0.6), False),  # all of them are off
+        ((0.9, 0.1, 0.1, 0.1), True),
+        ((1.1, 0.0, 0.0, 0.0), False),  # one of them is another caption's
+    ],
+)
+def test_in_bfloat16_all_scores_together_and_each_alone_are_held_to_the_spread(
+    report: Report, gaps: tuple[float, ...], is_rounding: bool
+) -> None:
+    spread = report.measured.spread
+    assert spread
+    half = replace(report, subject=replace(report.subject, dtype="bfloat16"))
+    found = changed(half, COLD, lambda row: replace(row, runs=(replace(row.runs[0], gaps=tuple(gap * spread for gap in gaps)),)))
+    assert (not any(row.way == COLD for row in found.disagreeing)) == is_rounding

@@ -175,7 +175,7 @@ def test_what_a_run_will_take_by_hand() -> None:
 
 
 def test_rows_are_medians_with_their_spread() -> None:
-    runs = tuple(Run(seconds, 10, 5, 0, 100, difference) for seconds, difference in ((2.0, 0.1), (4.0, None), (1.0, 0.3)))
+    runs = tuple(Run(seconds, 10, 5, 0, 100, difference and (difference,)) for seconds, difference in ((2.0, 0.1), (4.0, None), (1.0, 0.3)))
     row = Row(COLD, 8, runs)
     assert (row.seconds, row.fastest_s, row.slowest_s, row.flops_per_s, row.difference) == (2.0, 1.0, 4.0, 50.0, 0.3)
 

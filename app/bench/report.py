@@ -17,7 +17,10 @@ from app.bench.ways import COLD, PADDED, PLAIN, WARM, Measured, Row
 from app.hardware import Hardware
 
 MAX_DIFFERENCE = 1e-4  # of two scores in float32
-MAX_SHARE_OF_SPREAD = 0.5  # of two scores in bfloat16, as a share of the spread within a group
+# In bfloat16 the largest of many differences says little: it grows with their number. Scores of the wrong caption would be
+# sqrt(2) spreads away on average, and one of them among right ones more than a spread.
+MAX_RMS_OF_SPREAD = 0.5
+MAX_SHARE_OF_SPREAD = 1.0
 GROUP_SIZE = 8  # what the numbers to hold speak of
 GPU_GROUP_SIZE = 16
 MEANT = "qwen2.5-vl-3b"  # at whole depth and in bfloat16: what the numbers to hold were set for
@@ -100,10 +103,23 @@ class Report:
 
     @property
     def tolerance(self) -> float | None:
-        """The largest difference to the plain way that counts as rounding; None without a plain way."""
+        """The largest difference of one score to the plain way's that counts as rounding; None without a plain way."""
         if self.measured.spread is None:
             return None
         return MAX_DIFFERENCE if self.subject.dtype == "float32" else MAX_SHARE_OF_SPREAD * self.measured.spread
+
+    @property
+    def rms_tolerance(self) -> float | None:
+        """The same for the root mean square of a way's differences."""
+        if self.measured.spread is None:
+            return None
+        return MAX_DIFFERENCE if self.subject.dtype == "float32" else MAX_RMS_OF_SPREAD * self.measured.spread
+
+    @property
+    def rms(self) -> float | None:
+        """The largest of a way."""
+        found = [row.rms for row in self.measured.rows if row.rms is not None]
+        return max(found) if found else None
 
     @property
     def difference(self) -> float | None:
@@ -157,6 +173,8 @@ class Report:
             "agreement": {
                 "largest_difference": self.difference,
                 "tolerance": self.tolerance,
+                "largest_rms": self.rms,
+                "rms_tolerance": self.rms_tolerance,
                 "spread": self.measured.spread,
                 "agrees": not self.disagreeing,
                 "misnamed": [{"way": row.way, "captions": row.num_captions} for row in self.misnamed],
@@ -169,7 +187,9 @@ class Report:
         }
 
     def _is_rounding(self, row: Row) -> bool:
-        return row.difference is not None and self.tolerance is not None and row.difference <= self.tolerance
+        if row.difference is None or row.rms is None or self.tolerance is None or self.rms_tolerance is None:
+            return False
+        return row.difference <= self.tolerance and row.rms <= self.rms_tolerance
 
     def _is_refused(self, row: Row) -> bool:
         return row in self.disagreeing or not row.is_as_named
@@ -187,6 +207,7 @@ class Report:
             "times_plain": self.ratio(row, PLAIN),
             "times_padded": self.ratio(row, PADDED),
             "largest_difference": row.difference,
+            "rms_difference": row.rms,
         }
 
     def _startup_dict(self) -> dict[str, Any]:

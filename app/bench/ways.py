@@ -33,14 +33,14 @@ _Found = TypeVar("_Found")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One way once. `difference` is the largest to the plain way's scores; None where there was no plain way to ask."""
+    """One way once. `gaps`: how far scores are from the plain way's; None where there was no plain way to ask."""
 
     seconds: float
     num_tokens: int
     num_computed_tokens: int
     num_cached_tokens: int
     flops: int
-    difference: float | None
+    gaps: tuple[float, ...] | None
     is_as_named: bool = True  # whether cold computed picture and captions, and warm the captions and nothing else
 
 
@@ -69,9 +69,19 @@ class Row:
         return statistics.median(run.flops / run.seconds for run in self.runs)
 
     @property
+    def gaps(self) -> list[float]:
+        """Of all rounds."""
+        return [gap for run in self.runs for gap in run.gaps or ()]
+
+    @property
     def difference(self) -> float | None:
-        found = [run.difference for run in self.runs if run.difference is not None]
-        return max(found) if found else None
+        """The largest."""
+        return max(self.gaps) if self.gaps else None
+
+    @property
+    def rms(self) -> float | None:
+        """The root of the mean square of them."""
+        return math.sqrt(statistics.fmean(gap**2 for gap in self.gaps)) if self.gaps else None
 
     @property
     def is_as_named(self) -> bool:
@@ -211,8 +221,8 @@ class _Turn:
         whole = plain[PLAIN][1].values if plain else None
         runs = [(way, run) for way, (run, _) in plain.items()]
         for way, seconds, scores in shared:
-            difference = largest(whole, scores.values) if way == COLD and whole else self._sampled_difference(way, scores)
-            runs.append((way, self._shared_run(way, seconds, scores, difference)))
+            gaps = gaps_of(whole, scores.values) if way == COLD and whole else self._sampled_gaps(way, scores)
+            runs.append((way, self._shared_run(way, seconds, scores, gaps)))
         return runs
 
     def _shared(self) -> list[tuple[str, Callable[[], Scores]]]:
@@ -222,13 +232,13 @@ class _Turn:
         self._report(self._where + way)
         return timed(work, self._who.device)
 
-    def _shared_run(self, way: str, seconds: float, scores: Scores, difference: float | None) -> Run:
+    def _shared_run(self, way: str, seconds: float, scores: Scores, gaps: tuple[float, ...] | None) -> Run:
         """Only what was computed counts as work: the beginning of all groups may be known to a cold one."""
         group = self._groups[way]
         num_new = scores.num_computed_tokens - sum(len(row) - group.num_prefix for row in group.rows)  # of the prefix
         is_as_named = num_new == 0 if way in (WARM, HTTP_WARM) else num_new >= _image_of(group).num_tokens
         flops = shared_flops(self._who.shapes, group, num_known=min(max(group.num_prefix - num_new, 0), group.num_prefix))
-        return replace(_run(seconds, scores, flops, difference), is_as_named=is_as_named)
+        return replace(_run(seconds, scores, flops, gaps), is_as_named=is_as_named)
 
     def _plain_and_padded(self) -> dict[str, tuple[Run, Scores]]:
         model, group, shapes = self._who.baseline, self._groups[COLD], self._who.shapes
@@ -240,8 +250,8 @@ class _Turn:
         self._report(self._where + PADDED)
         padded_s, padded = timed(lambda: score_padded(model, [group])[0], self._who.device)
         return {
-            PLAIN: (_run(seconds, plain, plain_flops(shapes, group), 0.0), plain),
-            PADDED: (_run(padded_s, padded, padded_flops(shapes, group), largest(plain.values, padded.values)), padded),
+            PLAIN: (_run(seconds, plain, plain_flops(shapes, group), (0.0,) * len(plain.values)), plain),
+            PADDED: (_run(padded_s, padded, padded_flops(shapes, group), gaps_of(plain.values, padded.values)), padded),
         }
 
     def _direct(self, way: str) -> Callable[[], Scores]:
@@ -254,13 +264,13 @@ class _Turn:
     def _by_id(self) -> Scores:
         return self._who.client.send_id(self._image_id, self._served[HTTP_WARM])
 
-    def _sampled_difference(self, way: str, scores: Scores) -> float | None:
+    def _sampled_gaps(self, way: str, scores: Scores) -> tuple[float, ...] | None:
         """Of one caption: the plain way on every group would take longer than the measurement. Not timed."""
         if self._who.baseline is None:
             return None
         expected = score_plain(self._who.baseline, [part_of(self._groups[way], self._sampled, self._sampled + 1)])[0].values
         self.references.append(expected)
-        return largest(expected, scores.values[self._sampled : self._sampled + 1])
+        return gaps_of(expected, scores.values[self._sampled : self._sampled + 1])
 
 
 def score_direct(who: Contestants, group: EncodedGroup) -> Scores:
@@ -294,8 +304,13 @@ def timed(work: Callable[[], Scores], device: torch.device) -> tuple[float, Scor
 
 def largest(expected: Sequence[float], found: Sequence[float]) -> float:
     """The largest difference; what is no number is infinitely far away."""
-    gaps = [abs(one - other) for one, other in zip(expected, found, strict=True)]
-    return max(gap if gap == gap else float("inf") for gap in gaps)  # noqa: PLR0124 (NaN)
+    return max(gaps_of(expected, found))
+
+
+def gaps_of(expected: Sequence[float], found: Sequence[float]) -> tuple[float, ...]:
+    """All differences; what is no number is infinitely far away."""
+    gaps = (abs(one - other) for one, other in zip(expected, found, strict=True))
+    return tuple(gap if gap == gap else math.inf for gap in gaps)  # noqa: PLR0124 (NaN)
 
 
 def spread_of(references: Sequence[Sequence[float]]) -> float | None:
@@ -306,5 +321,5 @@ def spread_of(references: Sequence[Sequence[float]]) -> float | None:
     return math.sqrt(statistics.fmean(statistics.variance(scores) for scores in groups))
 
 
-def _run(seconds: float, scores: Scores, flops: int, difference: float | None) -> Run:
-    return Run(seconds, scores.num_tokens, scores.num_computed_tokens, scores.num_cached_tokens, flops, difference)
+def _run(seconds: float, scores: Scores, flops: int, gaps: tuple[float, ...] | None) -> Run:
+    return Run(seconds, scores.num_tokens, scores.num_computed_tokens, scores.num_cached_tokens, flops, gaps)

@@ -295,9 +295,13 @@ def _read(server: Server, work: Work, responses: Sequence[httpx.Response], usage
 
 
 class Processes:
-    """Stops the server that is not measured, with its descendants, and lets it go on before its turn and at the end."""
+    """Stops the server that is not measured, with its descendants, and lets it go on before its turn and at the end.
 
-    def __init__(self, pids: dict[Side, int | None]) -> None:
+    One that goes on has `settle_s` seconds before it is measured: whatever it does every so often is due at once after a stop.
+    """
+
+    def __init__(self, pids: dict[Side, int | None], settle_s: float) -> None:
+        self._settle_s = settle_s
         self._pids = {side: pid for side, pid in pids.items() if pid is not None}
         self._stopped: dict[Side, list[int]] = {}
         trees = {side: _tree(pid) for side, pid in self._pids.items()}
@@ -309,10 +313,13 @@ class Processes:
 
     def turn(self, side: Side) -> None:
         """Only this side may run."""
+        was_stopped = side in self._stopped
         self._go_on(side)
         for other in self._pids:
             if other != side and other not in self._stopped:
                 self._stop(other)
+        if was_stopped:
+            time.sleep(self._settle_s)
 
     def _stop(self, side: Side) -> None:
         """Twice, because a process may have forked while its tree was read."""
@@ -537,6 +544,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--pause-pid-ours", type=int, metavar="PID", help="stop this process and its descendants during the peer's turns")
     parser.add_argument("--pause-pid-peer", type=int, metavar="PID", help="the same for the peer during ours")
+    parser.add_argument("--settle", type=float, default=5.0, metavar="S", help="seconds a server that was stopped has before its turn (5)")
     return parser.parse_args(argv)
 
 
@@ -551,7 +559,7 @@ def run(arguments: argparse.Namespace) -> None:
     speaks = Classify if arguments.peer_route == "classify" else PairScore
     ours = Punchline(_address("--ours", arguments.ours), prompt_style=arguments.ours_prompt_style, by_id=arguments.ours_by_id)
     servers: dict[Side, Server] = {"ours": ours, "peer": speaks(_address("--peer", arguments.peer), arguments.model)}
-    processes = Processes({"ours": arguments.pause_pid_ours, "peer": arguments.pause_pid_peer})
+    processes = Processes({"ours": arguments.pause_pid_ours, "peer": arguments.pause_pid_peer}, arguments.settle)
     with releasing(processes):
         table = asyncio.run(compare(plan, servers, processes))
     print(as_text(table, plan, servers))

@@ -359,7 +359,20 @@ def test_the_other_server_is_stopped_with_its_children_and_goes_on(
     pair.peer.on_request = lambda: seen.add(("peer", settled(ours, "TT"), settled(peer, "SS")))
     if fails:
         pair.peer.reply = not_a_number
-    flags = ("--groups", "2", "--images", "2", "--rounds", "2", "--pause-pid-ours", str(ours.pid), "--pause-pid-peer", str(peer.pid))
+    flags = (
+        "--settle",
+        "0.1",
+        "--groups",
+        "2",
+        "--images",
+        "2",
+        "--rounds",
+        "2",
+        "--pause-pid-ours",
+        str(ours.pid),
+        "--pause-pid-peer",
+        str(peer.pid),
+    )
     assert pair.run(*flags) == int(fails)
     assert seen == {("ours", "SS", "TT"), ("peer", "TT", "SS")}
     assert settled(ours, "SS") == settled(peer, "SS") == "SS"
@@ -384,7 +397,18 @@ def test_stopped_servers_go_on_when_the_command_is_ended(pair: Pair, sleepers: l
         leave.wait(30)
 
     pair.ours.on_request = wait
-    urls = ["--ours", pair.ours.url, "--peer", pair.peer.url, "--pause-pid-ours", str(ours.pid), "--pause-pid-peer", str(peer.pid)]
+    urls = [
+        "--settle",
+        "0.1",
+        "--ours",
+        pair.ours.url,
+        "--peer",
+        pair.peer.url,
+        "--pause-pid-ours",
+        str(ours.pid),
+        "--pause-pid-peer",
+        str(peer.pid),
+    ]
     command = subprocess.Popen([sys.executable, str(SCRIPTS / "against_peer.py"), *urls], stderr=subprocess.DEVNULL)
     assert reached.wait(60)
     assert settled(peer, "TT") == "TT"
