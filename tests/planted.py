@@ -221,7 +221,7 @@ def _int8(weight: torch.Tensor) -> torch.Tensor:
     return (weight / step).round() * step if step else weight
 
 
-def _scores(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[RewardModel], object]:
+def scoring(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[RewardModel], object]:
     """A head that does something more with its scores."""
 
     def plant(model: RewardModel) -> None:
@@ -247,7 +247,7 @@ def _calls(count: list[int]) -> int:
 
 def _drifting() -> Callable[[RewardModel], object]:
     count = [0]
-    return _scores(lambda scores: scores + 1e-6 * _calls(count))
+    return scoring(lambda scores: scores + 1e-6 * _calls(count))
 
 
 def _blind(model: RewardModel) -> None:
@@ -276,11 +276,11 @@ PLANTED: dict[str, Planted] = {
     "head transposed": Planted("expected weight", _head(torch.t)),
     "head of two labels": Planted("expected weight", _head(lambda weight: torch.cat([weight, -weight]))),
     "sign flipped": Planted("D15 scores", _head(torch.neg)),
-    "a sigmoid added": Planted("D15 scores", in_memory=_scores(torch.sigmoid)),
-    "scores shifted by less than the tolerance": Planted("D15 shift", in_memory=_scores(lambda scores: scores + 6e-5)),
-    "scores in another order": Planted("D15 scores", in_memory=_scores(lambda scores: scores.flip(0))),
+    "a sigmoid added": Planted("D15 scores", in_memory=scoring(torch.sigmoid)),
+    "scores shifted by less than the tolerance": Planted("D15 shift", in_memory=scoring(lambda scores: scores + 6e-5)),
+    "scores in another order": Planted("D15 scores", in_memory=scoring(lambda scores: scores.flip(0))),
     "scores that drift from call to call": Planted("D19 twice", in_memory=_drifting()),
-    "a score that is not a number": Planted("nonfinite_score", in_memory=_scores(lambda scores: scores * float("nan"))),
+    "a score that is not a number": Planted("nonfinite_score", in_memory=scoring(lambda scores: scores * float("nan"))),
     # the base
     "base of another revision": Planted("another base", _base_of_another_revision),
     "base of another revision, its hash not recorded": Planted("D15 scores", _unrecorded(_base_of_another_revision)),

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.planted import PLANTED, Planted, make_artifact, refusal
+from app.errors import DeviceBroken
+from tests.planted import PLANTED, Planted, make_artifact, refusal, scoring
 
 pytestmark = pytest.mark.anyio
 
@@ -26,6 +28,16 @@ async def test_a_planted_fault_is_refused(artifact: Path, tmp_path: Path, name: 
     line = await refusal(artifact, tmp_path, PLANTED[name])
     assert line is not None, "it became ready"
     assert PLANTED[name].expected in line
+
+
+async def test_a_device_that_breaks_during_the_start_is_no_fault_of_the_model(artifact: Path, tmp_path: Path) -> None:
+    """Exit code 5, not 3: the artifact may be in order, and starting again may help."""
+
+    def broken(scores: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(DeviceBroken, match="device-side assert"):
+        await refusal(artifact, tmp_path, Planted("nothing", in_memory=scoring(broken)))
 
 
 def test_there_are_as_many_as_were_promised() -> None:

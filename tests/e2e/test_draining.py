@@ -108,6 +108,18 @@ def test_when_the_drain_is_over_whoever_is_left_is_told() -> None:
         assert server.process.wait(10) == 0
 
 
+def test_work_that_nobody_waits_for_does_not_hold_up_the_end() -> None:
+    """A client leaves a long forward behind; the server told to stop then does not sit until it ends."""
+    with oracle("--a-ms", "30000") as server:
+        with httpx.Client(base_url=server.url, timeout=0.5) as client, pytest.raises(httpx.ReadTimeout):
+            score(client, "left behind")
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            while "reward_queue_items 0.0" not in client.get("/metrics").text:
+                time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(10) == 0
+
+
 @pytest.mark.parametrize(
     ("fault", "status", "code"), [(STICKY, 503, "device_fault"), (DIE, 503, "device_fault"), (HANG, 504, "device_hung")]
 )
