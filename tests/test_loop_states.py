@@ -255,7 +255,8 @@ class StatesMachine(RuleBasedStateMachine):
         StatesMachine.num_steps += 1
         started = self.core.start(self.now)
         if started is None:
-            assert all(piece.job.future.cancelled() or self.answers[piece.job] for piece in self.made_ready.pieces)
+            assert self.made_ready.share_given_up >= 1 / 16  # else it would be computed for nobody in vain, or made ready for ever
+            assert self.core.wants_plan
             return
         self.running, self.prepared = started
         assert self.running is self.made_ready
@@ -274,7 +275,7 @@ class StatesMachine(RuleBasedStateMachine):
         kept = self.num_kept()
         try:
             outcomes = batch.check(self.scorers[model].score(prepared))
-        except (ValueError, OutOfMemory) as error:
+        except (ValueError, OutOfMemory, NonfiniteScore) as error:
             assert self.num_kept() == kept
             self.fail(batch, error)
             return
