@@ -57,15 +57,14 @@ def judge(answer: httpx.Response, expected: list[float], tolerance: float, finge
     """Whether an answer of `/score` holds these scores, signed by this model."""
     if answer.status_code != httpx.codes.OK:
         return Finding(_CHECK, False, f"a golden item was answered with {answer.status_code}: {answer.text[:_MAX_SHOWN]}")
-    scores = answer.json()["scores"]
     if answer.headers.get("x-model-fingerprint") != fingerprint:
         return Finding(_CHECK, False, "the answer is signed by another model: something else listens on this port")
+    scores = answer.json()["scores"]
     if len(scores) != len(expected) or not all(isinstance(score, float) for score in scores):
         return Finding(_CHECK, False, f"{len(expected)} golden captions, answered with {len(scores)} scores or with something else")
-    worst = max(abs(one - other) for one, other in zip(scores, expected, strict=True))
-    return Finding(
-        _CHECK, worst <= tolerance, f"{len(scores)} golden scores over HTTP, largest difference {worst:.2e}, tolerance {tolerance:.0e}"
-    )
+    errors = [abs(one - other) for one, other in zip(scores, expected, strict=True)]
+    worst, passed = max(errors), all(error <= tolerance for error in errors)  # what is no number is within nothing
+    return Finding(_CHECK, passed, f"{len(scores)} golden scores over HTTP, largest difference {worst:.2e}, tolerance {tolerance:.0e}")
 
 
 def _request(runtime: Runtime, number: int) -> tuple[bytes, list[int]]:

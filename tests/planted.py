@@ -13,9 +13,9 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +48,6 @@ class Planted:
     in_memory: Callable[[RewardModel], object] | None = None
     lora: Literal["merged", "unmerged"] = "merged"
     rehash: bool = True
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_artifact(folder: Path) -> Path:
@@ -83,7 +82,7 @@ async def refusal(artifact: Path, work: Path, fault: Planted) -> str | None:
 
 
 async def _start(root: Path, fault: Planted) -> None:
-    settings = Settings(model=str(root), offline=True, lora=fault.lora, device="cpu", canary_s=0, **fault.settings)
+    settings = Settings(model=str(root), offline=True, lora=fault.lora, device="cpu", canary_s=0)
     opened = open_artifact(settings.model, offline=True)
     encoder = load_encoder(opened)
     loaded = load_model(opened, device="cpu", dtype=settings.dtype, lora=settings.lora)

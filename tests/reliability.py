@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tests.load.__main__ import _pin
+from tests.load.__main__ import _MARKS, _pin
 from tests.load.processes import hardware_line
 from tests.load.scenario import Report, Run
 from tests.load.scenarios import ALL
@@ -122,7 +122,7 @@ def show(kept: Kept) -> None:
     for promise in PROMISES:
         part = kept.get(promise.part)
         figure = next((each for each in part["figures"] if each["name"].startswith(promise.figure)), None) if part else None
-        mark = "" if figure is None else "FAILS" if figure["holds"] is False else "holds"
+        mark = "" if figure is None else _MARKS[figure["holds"]]
         table.add_row(promise.promise, "not run" if figure is None else figure["value"], promise.limit, mark, promise.part)
     Console(width=150).print(table)
     for line, names in _runs(kept).items():

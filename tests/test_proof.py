@@ -107,6 +107,9 @@ async def test_nobody_listens(artifact: Path) -> None:
         (httpx.Response(200, headers=SIGNED, json={"scores": [1.0]}), "2 golden captions, answered with 1 scores"),
         (httpx.Response(200, headers=SIGNED, json={"scores": [1.0, None]}), "or with something else"),
         (httpx.Response(200, headers={"x-model-fingerprint": "there"}, json={"scores": [1.0, 2.0]}), "signed by another model"),
+        (httpx.Response(200, headers=SIGNED, content=b'{"scores": [1.0, NaN]}'), "2 golden scores"),
+        (httpx.Response(200, headers=SIGNED, content=b'{"scores": [NaN, 2.0]}'), "2 golden scores"),
+        (httpx.Response(200, content=b"<html>"), "signed by another model"),
         (httpx.Response(503, headers=SIGNED, json={"error": {"code": "overloaded"}}), "answered with 503"),
     ],
 )  # fmt: skip
