@@ -33,12 +33,13 @@ from app.settings import Settings
 
 log = logging.getLogger("punchline.http")
 _MAX_HEADERS = 100
-_MAX_PIPELINED = 100  # requests of one connection that wait for an earlier one
+_MAX_PIPELINED = 16  # requests of one connection that wait for an earlier one
 _VERSIONS = frozenset({"1.0", "1.1"})
 _LINGER_S, _LINGER_BYTES = 1.0, 256 << 10  # after a last answer: closed at once, what still arrives would reset it away
 _RETRY_S = 2.0  # for one connection too many
 _BACKLOG = 1024  # connections taken at a time, before any of them can be counted
 _SPARE_DESCRIPTORS = 64
+_SEND_BUFFER_BYTES = 64 << 10  # the kernel doubles it; left to itself it takes megabytes of answers that nobody reads
 _PROBES = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # a peer that vanished is noticed within a minute
 
 
@@ -160,7 +161,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # so that `pause_writing` means something is left, `resume_writing` that nothing is
-        _probe(transport, self._guard.limits.write_timeout_s)
+        _prepare(transport, self._guard.limits.write_timeout_s)
         if self._guard.admit(self):
             self._rest()
             self._wait_for_head()
@@ -403,11 +404,14 @@ def _abandon(cycle: RequestResponseCycle) -> None:
     cycle.message_event.set()
 
 
-def _probe(transport: asyncio.Transport, write_timeout_s: float) -> None:
-    """The kernel asks silent peers whether they are still there, and gives up those that take nothing, if we have not before."""
+def _prepare(transport: asyncio.Transport, write_timeout_s: float) -> None:
+    """The kernel asks silent peers whether they are still there, gives up those that take nothing, if we have not before, and keeps
+    little for those that read slowly: what they ask for next is not worked on until they have read.
+    """
     connection: socket.socket | None = transport.get_extra_info("socket")
     if connection is None:
         return
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in {**_PROBES, "TCP_USER_TIMEOUT": round(write_timeout_s * 2000)}.items():
         if hasattr(socket, name):

@@ -17,6 +17,7 @@ import uvicorn
 
 from app.batching import Batcher
 from app.errors import DeviceBroken, SettingsInvalid
+from app.machine import quiet_collector
 from app.settings import Settings
 
 log = logging.getLogger("punchline")
@@ -60,6 +61,7 @@ class DrainingServer(uvicorn.Server):
         self._prove = prove
         self._is_told = False
         self._timers: list[asyncio.TimerHandle] = []
+        self._undo: Callable[[], None] = lambda: None  # of what was changed in this process
         self.fault: DeviceBroken | None = None  # why it left by itself
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -68,6 +70,7 @@ class DrainingServer(uvicorn.Server):
             return
         if self._prove is not None:
             await self._prove(sockets[0])
+        self._undo = quiet_collector()
         self._announce(sockets[0])
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -76,6 +79,7 @@ class DrainingServer(uvicorn.Server):
             await super().serve(sockets)
         finally:
             self._batcher.refuse_all()  # what was accepted is answered; what nobody waits for must not hold up the end
+            self._undo()
             watch.cancel()
             for timer in self._timers:
                 timer.cancel()

@@ -31,8 +31,10 @@ _compiled: dict[Step, Step] = {}  # each step's compiled form; like torch's numb
 class PrepackedLinear(nn.Module):
     """`x @ weight.T + bias` with the weight in oneDNN's own order. Takes the place of an `nn.Linear` and frees its weight."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, *, fuses_silu: bool | None = None) -> None:
+        """`fuses_silu`: on the product's tiles, else behind it; None: as is faster here."""
         super().__init__()
+        self._fuses_silu = not (linear.weight.dtype == torch.bfloat16 and _has_amx()) if fuses_silu is None else fuses_silu
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _EXPECTED_ROWS)
         self.bias = None if linear.bias is None else linear.bias.detach().clone()  # it may lie in a mapped file
@@ -43,7 +45,7 @@ class PrepackedLinear(nn.Module):
 
     def silu(self, x: Tensor) -> Tensor:
         """SiLU of the product."""
-        return self._product(x, "swish")
+        return self._product(x, "swish") if self._fuses_silu else F.silu(self._product(x, "none"), inplace=True)
 
     def combined(self, x: Tensor, other: Tensor, how: str) -> Tensor:
         """The product, multiplied by (`mul`) or added to (`add`) another tensor of its shape."""
@@ -169,6 +171,12 @@ def can_prepack(linear: nn.Module) -> bool:
     if type(linear) is not nn.Linear or linear.weight.device.type != "cpu" or linear.weight.dtype not in _PREPACKED_DTYPES:
         return False
     return _works(linear.weight.dtype)
+
+
+@cache
+def _has_amx() -> bool:
+    """Of oneDNN's kernels that for a product and its SiLU on AMX is slow at many sizes: 1.6 times the product alone for 512 tokens."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 @cache

@@ -6,11 +6,13 @@ Linux tells all of it in files; where they are missing, the answer is what Pytho
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 import os
 import re
 import sys
 from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -104,6 +106,24 @@ def forget_pages(address: int, num_bytes: int) -> bool:
     if behind <= first:
         return False
     return bool(ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(behind - first), _DONT_NEED) == 0)
+
+
+def quiet_collector() -> Callable[[], None]:
+    """Keep Python's collector of cycles from stopping everybody for tenths of a second; returns what undoes it.
+
+    What is there now, models and routes, is left out of its looks; at all that came after it looks 25 times less often than it
+    would. Without cycles memory is given back at once, as always.
+    """
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(before[0], 50, 50)
+
+    def undo() -> None:
+        gc.unfreeze()
+        gc.set_threshold(*before)
+
+    return undo
 
 
 def _reclaimable(cgroup: Path) -> int:

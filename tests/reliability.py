@@ -53,6 +53,7 @@ PROMISES = (
     Promise("computed for nobody", "T7", "computed for nobody", "<= 5 %"),
     Promise("p99 beside slow clients", "T8", "healthy p99", "<= 1.5 x baseline"),
     Promise("resets on the keep-alive race", "T9", "resets of requests", "0"),
+    Promise("answers to drawn requests against the schema", "T10", "failures of schemathesis", "0"),
     Promise("memory slope with 5 % hostile traffic", "T12", "memory slope", "includes 0"),
     Promise("innocents harmed by faults of the device", "T16", "innocent requests harmed", "0"),
     Promise("numbers after a fault that stays", "T16", "sticky: wrong numbers", "0"),

@@ -83,9 +83,10 @@ def test_a_prepacked_layer_is_the_linear_layer(shape: tuple[int, ...], inputs: i
 @each_dtype
 @each_bias
 @pytest.mark.parametrize("rows", [1, 2, 63, 700])
-def test_fused_steps_are_the_plain_ones(rows: int, bias: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("fuses_silu", [True, False], ids=["on-tiles", "behind"])
+def test_fused_steps_are_the_plain_ones(fuses_silu: bool, rows: int, bias: bool, dtype: torch.dtype) -> None:
     linear = linear_of(64, 48, bias=bias, dtype=dtype)
-    layer, x, other = packed(linear), torch.randn(rows, 64, dtype=dtype), torch.randn(rows, 48, dtype=dtype)
+    layer, x, other = PrepackedLinear(linear, fuses_silu=fuses_silu), torch.randn(rows, 64, dtype=dtype), torch.randn(rows, 48, dtype=dtype)
     kept = other.clone()
     product = exact(linear, x)
     for fused, plain, expected in (

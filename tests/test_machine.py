@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from app.machine import (
     mapped_files,
     num_processors,
     peak_bytes,
+    quiet_collector,
     reset_peak,
     resident_bytes,
 )
@@ -207,3 +210,26 @@ def child(program: str) -> str:
     """What a process of its own prints."""
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     return run.stdout.strip()
+
+
+def test_the_collector_leaves_alone_what_was_there() -> None:
+    threshold = gc.get_threshold()
+    undo = quiet_collector()
+    try:
+        assert gc.get_freeze_count() > 0
+        assert gc.get_threshold()[0] == threshold[0]
+        assert gc.get_threshold()[1] > threshold[1]
+        cycle = Node()
+        cycle.itself = cycle
+        gone = weakref.ref(cycle)
+        del cycle
+        gc.collect(0)
+        assert gone() is None
+    finally:
+        undo()
+    assert gc.get_freeze_count() == 0
+    assert gc.get_threshold() == threshold
+
+
+class Node:
+    itself: Node

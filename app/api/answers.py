@@ -6,16 +6,14 @@ import json
 from typing import Any
 
 from pydantic import BaseModel
-from starlette.responses import Response
+from starlette.responses import JSONResponse
 
 from app.api.schemas import ErrorAnswer, ErrorBody
 from app.errors import ApiError
 
 
-class JsonAnswer(Response):
+class JsonAnswer(JSONResponse):
     """JSON of a model's set fields; a number that is not finite raises instead of leaving."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         plain = content.model_dump(mode="json", exclude_unset=True) if isinstance(content, BaseModel) else content

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from app.api.answers import JsonAnswer
 from app.api.card import Card
@@ -53,6 +53,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"model": ErrorAnswer, "description": "The forward pass failed."},
     503: {"model": ErrorAnswer, "description": "Overloaded, draining or too late; `Retry-After` says when to come back."},
 }
+_STATE_ERRORS: dict[int | str, dict[str, Any]] = {401: _ERRORS[401], 503: {"model": ErrorAnswer, "description": "Not so, or not now."}}
 
 
 def _body(model: str, form: dict[str, Any], required: Sequence[str], examples: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +100,10 @@ _IMAGE_BODY = {
 }
 
 
+class _MetricsText(PlainTextResponse):
+    media_type = CONTENT_TYPE_LATEST
+
+
 class Routes:
     """The handlers, given what they need once."""
 
@@ -135,17 +140,17 @@ class Routes:
             tags=["scoring"],
             summary="Send an image once, name it by id afterwards",
         )
+        state: dict[str, Any] = {"responses": _STATE_ERRORS, "tags": ["state"]}
+        router.add_api_route("/livez", self.livez, response_model=StatusAnswer, summary="The process and its batch loop live", **state)
+        router.add_api_route("/readyz", self.readyz, response_model=StatusAnswer, summary="Golden scores matched, not draining", **state)
+        router.add_api_route("/info", self.info, summary="What is loaded", response_model=dict[str, Any], **state)
+        failed = {500: {"model": SelfTestAnswer | ErrorAnswer, "description": "Other scores than the golden ones, or none."}}
+        state["responses"] = _STATE_ERRORS | failed
         router.add_api_route(
-            "/selftest", self.selftest, methods=["POST"], response_model=SelfTestAnswer, summary="Golden scores, now", tags=["state"]
+            "/selftest", self.selftest, methods=["POST"], response_model=SelfTestAnswer, summary="Golden scores, now", **state
         )
-        router.add_api_route(
-            "/livez", self.livez, response_model=StatusAnswer, summary="The process and its batch loop live", tags=["state"]
-        )
-        router.add_api_route(
-            "/readyz", self.readyz, response_model=StatusAnswer, summary="Golden scores matched, not draining", tags=["state"]
-        )
-        router.add_api_route("/info", self.info, summary="What is loaded", tags=["state"])
-        router.add_api_route("/metrics", self.metrics, summary="Prometheus metrics", tags=["state"])
+        state["responses"] = _STATE_ERRORS
+        router.add_api_route("/metrics", self.metrics, summary="Prometheus metrics", response_class=_MetricsText, **state)
         router.add_api_route("/", self.index, include_in_schema=False)
         return router
 
@@ -242,7 +247,7 @@ class Routes:
 
     async def metrics(self) -> Response:
         """Prometheus' text format."""
-        return Response(generate_latest(self._card.registry), media_type=CONTENT_TYPE_LATEST)
+        return _MetricsText(generate_latest(self._card.registry))
 
     async def index(self) -> Response:
         """To the interactive API page."""

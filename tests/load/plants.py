@@ -9,7 +9,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ON_DEVICE = ("swap-rows", "neighbour", "unrecognised", "lone-faults")
-IN_HTTP = ("slow-refusals", "served-last", "leak", "deaf")
+IN_HTTP = ("slow-refusals", "served-last", "leak", "deaf", "odd-status")
 IN_COUNTING = ("skip-counter",)
 IN_STOPPING = ("cut-at-signal",)
 SERVER_PLANTS = (*ON_DEVICE, *IN_HTTP, *IN_COUNTING, *IN_STOPPING)
@@ -48,6 +48,8 @@ class PlantedHttp:
         async def held(message: Message) -> None:
             if self._plant == "slow-refusals" and message.get("status") == 503:
                 await asyncio.sleep(0.06)
+            if self._plant == "odd-status" and message.get("status") == 422:
+                message["status"] = 418
             await send(message)
 
         return held

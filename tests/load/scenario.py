@@ -19,7 +19,7 @@ class Run:
     plant: str | None = None
     core: int | None = None  # the server's
 
-    def pick(self, short: float, long: float) -> Any:
+    def pick(self, short: Any, long: Any) -> Any:
         return long if self.is_long else short
 
     def server_plant(self, *names: str) -> tuple[str, ...]:

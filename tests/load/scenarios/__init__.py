@@ -6,6 +6,7 @@ from tests.load.scenario import Scenario
 from tests.load.scenarios.burst import BURST
 from tests.load.scenarios.draining import DRAINING
 from tests.load.scenarios.faults import FAULTS
+from tests.load.scenarios.fuzzing import FUZZING
 from tests.load.scenarios.keeping import KEEPING
 from tests.load.scenarios.killing import KILLING
 from tests.load.scenarios.leaving import LEAVING
@@ -15,4 +16,4 @@ from tests.load.scenarios.rolling import ROLLING
 from tests.load.scenarios.slow import SLOW
 from tests.load.scenarios.soak import SOAK
 
-ALL: tuple[Scenario, ...] = (MIXUPS, OVERLOAD, DRAINING, ROLLING, KILLING, LEAVING, SLOW, KEEPING, SOAK, FAULTS, BURST)
+ALL: tuple[Scenario, ...] = (MIXUPS, OVERLOAD, DRAINING, ROLLING, KILLING, LEAVING, SLOW, KEEPING, FUZZING, SOAK, FAULTS, BURST)

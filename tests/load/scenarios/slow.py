@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -21,6 +22,7 @@ _MAX_RATIO = 1.5
 _DRIBBLE_S = 1.0  # between two bytes of the slow
 _HEAD_S, _BODY_S, _WRITE_S = 2.0, 3.0, 3.0
 _BUDGET_S = 2 * max(_HEAD_S, _BODY_S, _WRITE_S) + 4  # one of the slow is shown out by one of these, or by two after each other
+_RAMP_S = 2.0  # until all of them are there; at once they would be a burst of connections, which is another attack
 _BROKEN = (OSError, asyncio.IncompleteReadError)
 
 
@@ -31,7 +33,6 @@ class Attack:
     port: int
     num_each: int
     is_over: bool = False
-    began: float = 0.0
     stays_s: dict[str, list[float]] = field(default_factory=lambda: {"head": [], "body": [], "reading": []})
 
     @property
@@ -39,15 +40,15 @@ class Attack:
         return 2 * self.num_each + self.num_each // 5
 
     async def run(self) -> None:
-        """All at once, until the last is out or `is_over`."""
-        kinds: list[tuple[str, Callable[[], Awaitable[None]], int]] = [
-            ("head", self._dribble_head, self.num_each),
-            ("body", self._dribble_body, self.num_each),
-            ("reading", self._never_read, self.num_each // 5),
-        ]
-        await asyncio.gather(*(self._stay(name, slow) for name, slow, count in kinds for _ in range(count)))
+        """Until the last is out or `is_over`."""
+        slow = [self._dribble_head, self._dribble_body] * self.num_each + [self._never_read] * (self.num_each // 5)
+        random.Random(8).shuffle(slow)
+        names = {self._dribble_head: "head", self._dribble_body: "body", self._never_read: "reading"}
+        spread = _RAMP_S / len(slow)
+        await asyncio.gather(*(self._stay(names[each], each, index * spread) for index, each in enumerate(slow)))
 
-    async def _stay(self, name: str, slow: Callable[[], Awaitable[None]]) -> None:
+    async def _stay(self, name: str, slow: Callable[[], Awaitable[None]], wait_s: float) -> None:
+        await asyncio.sleep(wait_s)
         began = time.monotonic()
         with suppress(*_BROKEN):
             await slow()
@@ -98,17 +99,15 @@ async def run(run: Run) -> Report:
     settings = {name: str(value) for name, value in limits.items()}
     async with oracle("--a-ms", "5", "--b-ms", "0.5", core=run.core, **settings) as server:
         pool, asker = server.pool(), Asker(seed=31, num_pictures=8, forms=("base64",))
-        attack = Attack(server.port, 20 if run.plant else int(run.pick(50, 500)))
-        seconds = 1.0 if run.plant else run.pick(3.0, 20.0)
+        seconds, num_waves = (1.0, 1) if run.plant else run.pick((3.0, 1), (20.0, 3))
         await _healthy(pool, asker, Tally(), 0.5)
         before = await settled(server)
         baseline = await _healthy(pool, asker, tally, seconds)
-        attack.began = time.monotonic()
-        attacking = asyncio.create_task(attack.run())
-        await asyncio.sleep(0.2)  # all are connected
-        attacked = await _healthy(pool, asker, tally, seconds)
-        left_s = max(0.0, attack.began + _BUDGET_S - time.monotonic())
-        await asyncio.wait({attacking}, timeout=left_s)
+        attack, attacked = Attack(server.port, 20 if run.plant else run.pick(50, 500)), list[float]()
+        for _ in range(num_waves):
+            attacking = asyncio.create_task(attack.run())
+            attacked += await _healthy(pool, asker, tally, _RAMP_S + _WRITE_S)
+            await asyncio.wait({attacking}, timeout=_BUDGET_S)
         attack.is_over = True
         await attacking
         num_files = await _files_at_rest(server)
@@ -121,7 +120,8 @@ async def run(run: Run) -> Report:
     report.add("healthy p99, under attack / baseline", text, p99[0] <= _MAX_RATIO * p99[1], is_timed=True)
     num_out = sum(map(len, attack.stays_s.values()))
     longest = {name: f"{max(stays, default=0.0):.1f} s" for name, stays in attack.stays_s.items()}
-    report.add("slow clients shown out", f"{num_out} of {attack.num_slow}, the last after {longest}", num_out == attack.num_slow)
+    num_slow = attack.num_slow * num_waves
+    report.add("slow clients shown out", f"{num_out:,} of {num_slow:,}, at the latest after {longest}", num_out == num_slow)
     report.add("open files afterwards", num_files)
     refused = {name: after[name] - before.get(name, 0.0) for name in after if name.startswith("http_server_refused_connections_total")}
     report.add("connections ended, by reason", {name.split('"')[1]: int(count) for name, count in refused.items() if count})
