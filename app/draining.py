@@ -6,6 +6,7 @@ Knows signals and deadlines; not what is served.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import signal
@@ -22,6 +23,7 @@ from app.settings import Settings
 
 log = logging.getLogger("punchline")
 _LAST_S = 5  # before the drain ends: what has not come to the device is told to go elsewhere
+_TIDY_S = 30.0  # between two collections of old cycles
 _FLUSH_S = 2  # for answers that are written already to leave
 
 
@@ -74,13 +76,14 @@ class DrainingServer(uvicorn.Server):
         self._announce(sockets[0])
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        watch = asyncio.create_task(self._leave_when_broken())
+        tasks = [asyncio.create_task(self._leave_when_broken()), asyncio.create_task(collect_every(_TIDY_S))]
         try:
             await super().serve(sockets)
         finally:
             self._batcher.refuse_all()  # what was accepted is answered; what nobody waits for must not hold up the end
             self._undo()
-            watch.cancel()
+            for task in tasks:
+                task.cancel()
             for timer in self._timers:
                 timer.cancel()
 
@@ -123,6 +126,13 @@ class DrainingServer(uvicorn.Server):
 
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
         self._timers.append(asyncio.get_running_loop().call_later(seconds, call))
+
+
+async def collect_every(seconds: float) -> None:
+    """Free cycles that have become old, until cancelled: milliseconds, as what loading made is left out."""
+    while True:
+        await asyncio.sleep(seconds)
+        gc.collect()
 
 
 def bind(settings: Settings) -> socket.socket:

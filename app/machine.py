@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+_NEVER = 1_000_000  # times that the younger were looked at
 _DONT_NEED = 4  # of madvise(2)
 _GLIBC = re.compile(r"/libc(\.so\.6|-2\.\d+\.so)$", re.MULTILINE)
 _OTHER_ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
@@ -111,13 +112,13 @@ def forget_pages(address: int, num_bytes: int) -> bool:
 def quiet_collector() -> Callable[[], None]:
     """Keep Python's collector of cycles from stopping everybody for tenths of a second; returns what undoes it.
 
-    What is there now, models and routes, is left out of its looks; at all that came after it looks 25 times less often than it
-    would. Without cycles memory is given back at once, as always.
+    What is there now, models and routes, is left out of its looks, and at what has become old it never looks by itself: whoever
+    calls this calls `gc.collect` now and then. Without cycles memory is given back at once, as always.
     """
     before = gc.get_threshold()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(before[0], 50, 50)
+    gc.set_threshold(before[0], 50, _NEVER)
 
     def undo() -> None:
         gc.unfreeze()

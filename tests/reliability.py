@@ -1,8 +1,8 @@
 """One table of what was promised and what was measured: `python -m tests.reliability`.
 
-Runs the load scenarios (in their long versions unless `--short`), plants wrong models, and puts the figure of each promise on one
-line. `--keep FILE` keeps what was measured and adds to what the file holds, so that an hour's work can be done in
-pieces: name the parts to run, T1, T4, .. or `planted`; all of them if none is named.
+Runs the load scenarios (in their long versions unless `--short`), plants wrong models, mutates the code, and puts the figure of
+each promise on one line. `--keep FILE` keeps what was measured and adds to what the file holds, so that an hour's work can be done in
+pieces: name the parts to run, T1, T4, .., `planted` or `mutants`; all of them if none is named.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tests import mutants
 from tests.load.__main__ import _MARKS, _pin
 from tests.load.processes import hardware_line
 from tests.load.scenario import Report, Run
@@ -60,11 +61,14 @@ PROMISES = (
     Promise("complete groups in a GRPO burst", "T17", "groups without scores", "0 missing"),
     Promise("fairness over workers (Jain)", "T17", "Jain's index", ">= 0.95"),
     Promise("wrongly assembled models that became ready", "planted", "reached ready", "0"),
+    Promise("wrong versions of planner, admission, caches, decoding found", "mutants", "mutants killed", ">= 90 %"),
 )
 
 
 def main(
-    parts: Annotated[list[str] | None, typer.Argument(help="T1, T3, .., planted; all if none is named.", show_default=False)] = None,
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="T1, T3, .., planted, mutants; all if none is named.", show_default=False)
+    ] = None,
     is_short: Annotated[
         bool, typer.Option("--short", help="The short versions: seconds each; they show that it runs, and little else.")
     ] = False,
@@ -89,7 +93,7 @@ def main(
 
 def _parts() -> dict[str, Callable[[Run], Report]]:
     scenarios = {each.name: (lambda run, each=each: asyncio.run(each.run(run))) for each in ALL}  # type: ignore[misc]
-    return {**scenarios, "planted": _planted}
+    return {**scenarios, "planted": _planted, "mutants": mutants.measure}
 
 
 def _measured(measure: Callable[[Run], Report], run: Run, hardware: str) -> Kept:

@@ -218,3 +218,83 @@ def test_seconds_to_wait_are_spread() -> None:
     assert {jittered_s(2.0) for _ in range(500)} == {2, 3}
     assert {jittered_s(0.0) for _ in range(10)} == {1}
     assert jittered_s(1e9) == 30
+
+
+def test_what_the_refused_are_told() -> None:
+    admission, _ = shared(max_items=2, max_tokens=100)
+    with admission.reserve(2, "a") as reservation:
+        reservation.add_tokens(100)
+        admission.tokens_per_s = 5.0
+        with pytest.raises(Overloaded) as full:
+            admission.reserve(1, "b")
+        with pytest.raises(Overloaded) as greedy:
+            admission.reserve(1, "a")
+        with pytest.raises(TooManyTokens) as large:
+            reservation.add_tokens(1)
+    with pytest.raises(DeadlineExceeded) as late:
+        reservation.add_tokens(1)
+    assert [str(error.value) for error in (full, greedy, large, late)] == [
+        "the queue is full",
+        "what is left of the queue is kept for other keys",
+        "the request has more than 100 tokens; send fewer captions at a time",
+        "nobody waits for this request any more",
+    ]
+    waits = [int(error.value.headers["Retry-After"]) for error in (full, greedy)]
+    assert all(8 <= wait <= 15 for wait in waits)  # half of 100 tokens at 5 a second, jittered
+
+
+def test_before_the_speed_is_known_it_is_a_second_or_two() -> None:
+    admission, _ = admission_of(max_items=1)
+    assert admission.tokens_per_s == 0
+    with admission.reserve(1):
+        assert {retry_after_s(admission) for _ in range(100)} == {1, 2}
+
+
+@pytest.mark.parametrize(("waited_s", "room"), [(10.0, 6), (10.001, 12)])
+def test_a_share_is_kept_for_exactly_as_long_as_promised(waited_s: float, room: int) -> None:
+    admission, clock = shared()
+    with admission.reserve(1, "gone"):
+        pass
+    clock.now += waited_s
+    with ExitStack() as taken:
+        assert flood(admission, "a", taken) == room
+
+
+def test_who_holds_one_caption_is_there_however_long_ago_it_asked() -> None:
+    admission, clock = shared()
+    with admission.reserve(1, "slow"), ExitStack() as taken:
+        clock.now += 1000
+        assert flood(admission, "a", taken) == 6
+
+
+def test_tokens_of_a_caller_add_up() -> None:
+    """Twice 30 of 100 is more than half, though neither is."""
+    admission, _ = shared(max_items=1000, max_tokens=100)
+    with admission.reserve(1, "b"), admission.reserve(1, "a") as mine:
+        mine.add_tokens(30)
+        mine.add_tokens(30)
+        with pytest.raises(Overloaded, match="kept for other keys"):
+            admission.reserve(1, "a")
+
+
+def test_below_its_share_nobody_is_refused_for_others() -> None:
+    """Others hold all but one place: it goes to who asks, since it is below its share."""
+    admission, _ = shared(max_items=12)
+    with admission.reserve(5, "a"), admission.reserve(6, "b"), admission.reserve(1, "a"):
+        pass
+
+
+def test_what_others_hold_is_no_longer_owed_to_them() -> None:
+    """Of 12, what b holds less than its 6 is kept for it, and no more than that: never 6 beside what it holds."""
+    admission, _ = shared(max_items=12)
+    with admission.reserve(3, "b"), admission.reserve(6, "a"):
+        with pytest.raises(Overloaded, match="kept for other keys"):
+            admission.reserve(1, "a")
+        with admission.reserve(2, "b"), pytest.raises(Overloaded, match="kept for other keys"):
+            admission.reserve(1, "a")
+
+
+def test_the_name_of_no_key_is_empty() -> None:
+    admission, _ = shared(max_items=4)
+    with admission.reserve(2), admission.reserve(1, "b"), pytest.raises(Overloaded, match="kept for other keys"):
+        admission.reserve(1, "")

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from app.caches import ByteBoundedCache
+from app.caches import Audit, ByteBoundedCache
 from app.metrics import Metrics
 from tests.loop_fakes import sample
 
@@ -155,3 +155,36 @@ def test_threads_never_get_a_value_of_another_key() -> None:
         return all(cache.get(key) in (None, key.encode() * 5) for key in keys)
 
     assert together(4, work) == [True] * 4
+
+
+def test_a_cleared_cache_is_empty_and_says_so() -> None:
+    metrics = Metrics()
+    cache = cache_of(10, metrics)
+    cache.put("a", b"abc")
+    assert sample(metrics, "reward_cache_bytes", cache="test") == 3
+    cache.clear()
+    assert cache.get("a") is None
+    assert sample(metrics, "reward_cache_bytes", cache="test") == 0
+    assert sample(metrics, "reward_cache_entries", cache="test") == 0
+
+
+def test_who_makes_one_value_holds_up_nobody_who_wants_another() -> None:
+    cache = cache_of(10)
+    with ThreadPoolExecutor(1) as pool:
+
+        def make() -> bytes:
+            return pool.submit(cache.get_or_make, "b", lambda: b"b").result(timeout=20) + b"a"
+
+        assert cache.get_or_make("a", make) == b"ba"
+
+
+def test_a_wrong_entry_is_logged_with_what_is_wrong(caplog: pytest.LogCaptureFixture) -> None:
+    audit = Audit("scores", 2, Metrics())
+    audit.record(agrees=True)
+    assert not caplog.records
+    audit.record(agrees=False)
+    audit.record(agrees=False, what="of other ids")
+    assert [record.getMessage() for record in caplog.records] == [
+        "an entry of the cache of scores is wrong: not what is computed now",
+        "an entry of the cache of scores is wrong: of other ids",
+    ]

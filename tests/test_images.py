@@ -793,3 +793,68 @@ def test_an_id_is_the_digest_of_the_encoded_bytes() -> None:
     assert image_id(b"") == "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     flat, tall = Image.new("RGB", (30, 100)), Image.new("RGB", (100, 30))
     assert image_id(saved(flat, "PNG")) != image_id(saved(tall, "PNG"))
+
+
+# ---- what a refusal says: whoever sent the picture can mend it by this alone
+
+URL_TEXT = "image URLs are not fetched; send base64, a base64 data: URL, or a sha256: id"
+FIELD_TEXTS = {
+    BASE64[:-1]: "image is not standard base64 with padding",
+    "https://example.org/a.png": URL_TEXT,
+    "HTTP://example.org/a.png": URL_TEXT,
+    "data:text/plain;base64," + BASE64: "a data: URL must begin with data:image/<type>;base64,",
+    ID[:-1]: "an image id is sha256: and 64 lower-case hexadecimal digits",
+    "file:///etc/passwd": "send base64, a base64 data: URL, or a sha256: id",
+    base64.b64encode(bytes(LIMITS.max_bytes + 4)).decode(): "the image is larger than 1048576 bytes",
+}
+
+
+@pytest.mark.parametrize("text", FIELD_TEXTS, ids=lambda text: text[:30])
+def test_what_a_refused_field_is_told(text: str) -> None:
+    found = or_error(read_image_field, text, LIMITS)
+    assert isinstance(found, ApiError)
+    assert found.message == FIELD_TEXTS[text]
+
+
+@pytest.mark.parametrize("num_bytes", [LIMITS.max_bytes - 1, LIMITS.max_bytes])
+def test_a_field_of_exactly_the_limit_is_read(num_bytes: int) -> None:
+    assert read_image_field(base64.b64encode(bytes(num_bytes)).decode(), LIMITS) == bytes(num_bytes)
+
+
+PICTURE_TEXTS = {
+    "bytes": (bytes(LIMITS.max_bytes + 1), "the image is larger than 1048576 bytes"),
+    "pixels": (png(1001, 1000), "the image has more than 1000000 pixels"),
+    "side": (png(15, 16), "sides must be at least 16 pixels and at most 10:1"),
+    "animation": (_animated("PNG"), "animated images are not scored; send one frame"),
+    "nothing known": (b"no picture at all", "the image could not be read"),
+    "scans": (with_scans(65), "the image has more than 64 scans"),
+    "header": (in_jpeg(b"\xff" * 140_000), "the image has more than 131072 bytes before its first scan"),
+    "parts": (in_png(chunk(b"prVt", b"") * 10_000), "the image has more than 10000 parts"),
+    "profiles": (in_png(PROFILE * 2), "the image has more than one colour profile"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURE_TEXTS)
+def test_what_a_refused_picture_is_told(name: str) -> None:
+    data, text = PICTURE_TEXTS[name]
+    assert refusal(data).message == text
+
+
+def test_a_file_of_exactly_the_limit_is_decoded() -> None:
+    data = ENCODED["PNG"]
+    assert np.array_equal(pixels(data, limits=replace(LIMITS, max_bytes=len(data))), PIXELS)
+    assert refusal(data, replace(LIMITS, max_bytes=len(data) - 1)).code == "image_too_large"
+
+
+def test_a_turn_in_the_xmp_of_a_png_is_found() -> None:
+    for space, turned in (("XML:com.adobe.xmp", True), ("xml:com.adobe.xmp", False), ("Comment", False)):
+        text = PngInfo()
+        text.add_itxt(space, '<x tiff:Orientation="6"/>\ud7ff')
+        shape = pixels(saved(PICTURE, "PNG", pnginfo=text), exif_transpose=True).shape
+        assert shape == ((64, 48, 3) if turned else (48, 64, 3)), space
+
+
+def test_several_pictures_are_told_by_their_number() -> None:
+    """An index that claims one picture is no index of several."""
+    index = struct.pack(">2sHIHHHII", b"MM", 42, 8, 1, 0xB001, 4, 1, 1)
+    assert np.array_equal(pixels(in_jpeg(segment(0xE2, b"MPF\0" + index))), pixels(ENCODED["JPEG"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import mmap
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from app.draining import collect_every
 from app.machine import (
     allocator,
     available_bytes,
@@ -233,3 +235,22 @@ def test_the_collector_leaves_alone_what_was_there() -> None:
 
 class Node:
     itself: Node
+
+
+@pytest.mark.anyio
+async def test_old_cycles_are_collected_now_and_then() -> None:
+    undo = quiet_collector()
+    try:
+        cycle = Node()
+        cycle.itself = cycle
+        gone = weakref.ref(cycle)
+        for _ in range(3):
+            gc.collect(1)  # now it is of the oldest, at which nobody looks
+        del cycle
+        gc.collect(1)
+        assert gone() is not None
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(collect_every(0.01), 0.2)
+        assert gone() is None
+    finally:
+        undo()
