@@ -113,7 +113,8 @@ async def running(settings: Settings) -> AsyncIterator[Runtime]:
 async def started(settings: Settings, artifact: Artifact, encoder: Encoder, loaded: LoadedModel) -> AsyncIterator[Runtime]:
     """What was loaded, checked and running. Raises StartRefused."""
     async with AsyncExitStack() as stack:
-        findings = _held(artifact, startcheck.of_model(loaded.model))  # as loaded: the engine packs layers into modules of its own
+        findings = _held(artifact, startcheck.of_artifact(artifact.config))
+        findings += _held(artifact, startcheck.of_model(loaded.model))  # as loaded: the engine packs layers into modules of its own
         runtime = await _assemble(settings, artifact, encoder, loaded, stack)
         runtime.findings += findings
         cases = await _prove(runtime, encoder)

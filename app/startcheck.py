@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, combinations
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,12 @@ class Scored:
     found: tuple[float, ...]
 
 
+def of_artifact(config: RewardModelConfig) -> Iterator[Finding]:
+    """What can be said of the artifact's own records. Its hashes were compared when it was opened."""
+    yield files(config)
+    yield versions(config)
+
+
 def of_model(model: RewardModel) -> Iterator[Finding]:
     """What can be said of the weights in memory."""
     yield pillow()
@@ -86,6 +93,31 @@ def recipe(golden: Golden, config: RewardModelConfig) -> Finding:
     passed = found == golden.recipe_sha256
     what = "as at export" if passed else "not what the golden items were made with"
     return Finding("A1 recipe", passed, f"templates, budgets and image recipe are {what}")
+
+
+def files(config: RewardModelConfig) -> Finding:
+    """Whether anything vouches for the bytes. The published layout records no hashes, so that alone is no reason to refuse."""
+    number = len(config.files)
+    return Finding(
+        "A2 files", True, f"{number} files have the sha256 recorded" if number else "no sha256 recorded: nothing vouches for the files"
+    )
+
+
+def versions(config: RewardModelConfig) -> Finding:
+    """Which libraries are others than those it was trained with. Scores decide whether that matters."""
+    recorded = config.training.get("versions")
+    if not isinstance(recorded, dict) or not recorded:
+        return Finding("A3 versions", True, "not recorded")
+    other = [f"{name} {installed(name)}, trained with {recorded[name]}" for name in sorted(recorded) if installed(name) != recorded[name]]
+    return Finding("A3 versions", True, "; ".join(other) or "those it was trained with")
+
+
+def installed(name: str) -> str:
+    """A library's version, `none` if it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
 
 
 def adapter(model: RewardModel) -> Finding:
