@@ -20,10 +20,33 @@ from tests.load.wire import Pool, get
 _RATE, _GROUP_SIZE = 40.0, 8
 _MAX_RATIO = 1.5
 _DRIBBLE_S = 1.0  # between two bytes of the slow
-_HEAD_S, _BODY_S, _WRITE_S = 2.0, 3.0, 3.0
-_BUDGET_S = 2 * max(_HEAD_S, _BODY_S, _WRITE_S) + 4  # one of the slow is shown out by one of these, or by two after each other
-_RAMP_S = 2.0  # until all of them are there; at once they would be a burst of connections, which is another attack
+_RAMP = 200.0  # of the slow a second, as slowhttptest is often run; all at once they would be a flood of connections, another attack
 _BROKEN = (OSError, asyncio.IncompleteReadError)
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long the server bears them."""
+
+    head_s: float
+    body_s: float
+    write_s: float
+
+    @property
+    def longest_s(self) -> float:
+        return max(self.head_s, self.body_s, self.write_s)
+
+    @property
+    def budget_s(self) -> float:
+        """One of the slow is shown out by one of these, or by two after each other."""
+        return 2 * self.longest_s + 4
+
+    def as_settings(self) -> dict[str, str]:
+        return {"header_timeout_s": str(self.head_s), "body_timeout_s": str(self.body_s), "write_timeout_s": str(self.write_s)}
+
+
+_SHORT, _LONG = Patience(2, 3, 3), Patience(8, 9, 9)  # in the long one all of the slow are there at once
+_ENDLESS = {"header_timeout_s": "75", "body_timeout_s": "600", "write_timeout_s": "600", "min_body_rate": "0"}
 
 
 @dataclass(slots=True)
@@ -44,8 +67,7 @@ class Attack:
         slow = [self._dribble_head, self._dribble_body] * self.num_each + [self._never_read] * (self.num_each // 5)
         random.Random(8).shuffle(slow)
         names = {self._dribble_head: "head", self._dribble_body: "body", self._never_read: "reading"}
-        spread = _RAMP_S / len(slow)
-        await asyncio.gather(*(self._stay(names[each], each, index * spread) for index, each in enumerate(slow)))
+        await asyncio.gather(*(self._stay(names[each], each, index / _RAMP) for index, each in enumerate(slow)))
 
     async def _stay(self, name: str, slow: Callable[[], Awaitable[None]], wait_s: float) -> None:
         await asyncio.sleep(wait_s)
@@ -93,10 +115,8 @@ class Attack:
 
 async def run(run: Run) -> Report:
     report, tally = Report(), Tally()
-    limits: dict[str, float] = {"header_timeout_s": _HEAD_S, "body_timeout_s": _BODY_S, "write_timeout_s": _WRITE_S}
-    if run.plant == "patient":
-        limits = {"header_timeout_s": 75, "body_timeout_s": 600, "write_timeout_s": 600, "min_body_rate": 0}
-    settings = {name: str(value) for name, value in limits.items()}
+    patience: Patience = run.pick(_SHORT, _LONG)
+    settings = _ENDLESS if run.plant == "patient" else patience.as_settings()
     async with oracle("--a-ms", "5", "--b-ms", "0.5", core=run.core, **settings) as server:
         pool, asker = server.pool(), Asker(seed=31, num_pictures=8, forms=("base64",))
         seconds, num_waves = (1.0, 1) if run.plant else run.pick((3.0, 1), (20.0, 3))
@@ -106,8 +126,8 @@ async def run(run: Run) -> Report:
         attack, attacked = Attack(server.port, 20 if run.plant else run.pick(50, 500)), list[float]()
         for _ in range(num_waves):
             attacking = asyncio.create_task(attack.run())
-            attacked += await _healthy(pool, asker, tally, _RAMP_S + _WRITE_S)
-            await asyncio.wait({attacking}, timeout=_BUDGET_S)
+            attacked += await _healthy(pool, asker, tally, attack.num_slow / _RAMP + patience.longest_s)
+            await asyncio.wait({attacking}, timeout=patience.budget_s)
         attack.is_over = True
         await attacking
         num_files = await _files_at_rest(server)
