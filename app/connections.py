@@ -33,7 +33,7 @@ from app.settings import Settings
 
 log = logging.getLogger("punchline.http")
 _MAX_HEADERS = 100
-_MAX_PIPELINED = 16  # requests of one connection that wait for an earlier one
+_MAX_PIPELINED = 100  # requests of one connection that wait for an earlier one
 _VERSIONS = frozenset({"1.0", "1.1"})
 _LINGER_S, _LINGER_BYTES = 1.0, 256 << 10  # after a last answer: closed at once, what still arrives would reset it away
 _RETRY_S = 2.0  # for one connection too many
