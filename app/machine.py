@@ -110,7 +110,7 @@ def forget_pages(address: int, num_bytes: int) -> bool:
 
 
 def quiet_collector() -> Callable[[], None]:
-    """Keep Python's collector of cycles from stopping everybody for tenths of a second; returns what undoes it.
+    """Keep Python's collector of cycles from stopping everybody for tenths of a second; returns what undoes it. Once a process.
 
     What is there now, models and routes, is left out of its looks, and at what has become old it never looks by itself: whoever
     calls this calls `gc.collect` now and then. Without cycles memory is given back at once, as always.

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,6 +80,8 @@ def main(
     known = _parts()
     if unknown := sorted(set(parts or []) - set(known)):
         raise typer.BadParameter(f"no part {', '.join(unknown)}; there are {', '.join(known)}")
+    if "mutants" in (parts or known) and not run_nothing and find_spec("mutmut") is None:
+        raise typer.BadParameter("mutants needs mutmut: pip install -e '.[mutants]'")
     kept: Kept = json.loads(keep.read_text()) if keep is not None and keep.exists() else {}
     hardware = hardware_line()  # before this process gives up a core
     run = Run(is_long=not is_short, core=_pin())

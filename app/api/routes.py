@@ -53,7 +53,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"model": ErrorAnswer, "description": "The forward pass failed."},
     503: {"model": ErrorAnswer, "description": "Overloaded, draining or too late; `Retry-After` says when to come back."},
 }
-_STATE_ERRORS: dict[int | str, dict[str, Any]] = {401: _ERRORS[401], 503: {"model": ErrorAnswer, "description": "Not so, or not now."}}
+_NOT_NOW: dict[int | str, dict[str, Any]] = {503: {"model": ErrorAnswer, "description": "Not so, or not now."}}
+_STATE_ERRORS: dict[int | str, dict[str, Any]] = {401: _ERRORS[401], **_NOT_NOW}
+_JSON_ERROR = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}, "description": "A key is needed."}
 
 
 def _body(model: str, form: dict[str, Any], required: Sequence[str], examples: dict[str, Any]) -> dict[str, Any]:
@@ -140,16 +142,17 @@ class Routes:
             tags=["scoring"],
             summary="Send an image once, name it by id afterwards",
         )
-        state: dict[str, Any] = {"responses": _STATE_ERRORS, "tags": ["state"]}
+        state: dict[str, Any] = {"responses": _NOT_NOW, "tags": ["state"]}  # of the two that need no key
         router.add_api_route("/livez", self.livez, response_model=StatusAnswer, summary="The process and its batch loop live", **state)
         router.add_api_route("/readyz", self.readyz, response_model=StatusAnswer, summary="Golden scores matched, not draining", **state)
+        state["responses"] = _STATE_ERRORS
         router.add_api_route("/info", self.info, summary="What is loaded", response_model=dict[str, Any], **state)
         failed = {500: {"model": SelfTestAnswer | ErrorAnswer, "description": "Other scores than the golden ones, or none."}}
         state["responses"] = _STATE_ERRORS | failed
         router.add_api_route(
             "/selftest", self.selftest, methods=["POST"], response_model=SelfTestAnswer, summary="Golden scores, now", **state
         )
-        state["responses"] = _STATE_ERRORS
+        state["responses"] = {401: _JSON_ERROR}  # a model would be documented as of the answer's own type
         router.add_api_route("/metrics", self.metrics, summary="Prometheus metrics", response_class=_MetricsText, **state)
         router.add_api_route("/", self.index, include_in_schema=False)
         return router

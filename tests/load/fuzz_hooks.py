@@ -1,7 +1,7 @@
 """What schemathesis is told of this API, for `scenarios/fuzzing.py`: a valid request should come as far as the scores.
 
 Valid by the schema is any text for an image and any fingerprint; nearly all of them are refused before anything else is looked at. So
-requests that are meant to be valid name a picture the server has, and no fingerprint.
+requests that are meant to be valid name no fingerprint and no time limit, about half of them a picture the server has, and forms none.
 """
 
 from __future__ import annotations

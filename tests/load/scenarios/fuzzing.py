@@ -17,6 +17,7 @@ from tests.load.wire import Pool, post
 
 _HERE = Path(__file__).parent.parent
 _SEED = 20
+_SCORING = ("/score", "/compare", "/rank")
 
 
 async def run(run: Run) -> Report:
@@ -36,6 +37,8 @@ async def run(run: Run) -> Report:
     report.add("of its requests were scored", int(scored), scored > 0)
     codes = {name.split('"')[1] for name, value in after.items() if name.startswith("reward_errors_total") and value}
     report.add("error codes met", len(codes), len(codes) > 5)
+    ours = sorted(codes & {"internal_error", "internal_shape", "scoring_failed", "overloaded", "device_fault", "not_ready", "draining"})
+    report.add("error codes that are our fault", ", ".join(ours) or 0, not ours)
     report.add("the server answers afterwards", alive, alive)
     report.shown += [f"{each['title']}: {', '.join(each['operations'])}" for each in failures] + [str(each) for each in found["errors"]]
     return report
@@ -75,7 +78,7 @@ def _is_whole(found: dict[str, Any]) -> bool:
 
 
 def _is_scored(name: str) -> bool:
-    return name.startswith("reward_requests_total") and '"ok"' in name
+    return name.startswith("reward_requests_total") and '"ok"' in name and any(f'"{route}"' in name for route in _SCORING)
 
 
 async def _answers(pool: Pool) -> bool:
