@@ -25,7 +25,7 @@ async def run(run: Run) -> Report:
     async with oracle(*run.server_plant("odd-status"), core=run.core) as server:
         pool, picture = server.pool(), draw(10)
         sent = await pool.ask(post("/images", "application/octet-stream", picture.data, "fuzz", method="PUT"))
-        found = await _fuzz(server, sent.json()["image_id"], int(run.pick(50, 3000)))
+        found = await _fuzz(server, sent.json()["image_id"], int(run.pick(100, 3000)))
         after = await settled(server)
         alive = await _answers(pool)
         pool.close()
