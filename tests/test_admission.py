@@ -280,8 +280,13 @@ def test_tokens_of_a_caller_add_up() -> None:
 def test_below_its_share_nobody_is_refused_for_others() -> None:
     """Others hold all but one place: it goes to who asks, since it is below its share."""
     admission, _ = shared(max_items=12)
-    with admission.reserve(5, "a"), admission.reserve(6, "b"), admission.reserve(1, "a"):
-        pass
+    with (
+        admission.reserve(5, "a"),
+        admission.reserve(6, "b"),
+        admission.reserve(1, "a"),
+        pytest.raises(Overloaded, match="the queue is full"),
+    ):
+        admission.reserve(1, "c")  # so all twelve were taken
 
 
 def test_what_others_hold_is_no_longer_owed_to_them() -> None:

@@ -124,12 +124,13 @@ async def run(run: Run) -> Report:
         before = await settled(server)
         baseline = await _healthy(pool, asker, tally, seconds)
         attack, attacked = Attack(server.port, 20 if run.plant else run.pick(50, 500)), list[float]()
+        waves: list[asyncio.Task[None]] = []
         for _ in range(num_waves):
-            attacking = asyncio.create_task(attack.run())
+            waves.append(asyncio.create_task(attack.run()))
             attacked += await _healthy(pool, asker, tally, attack.num_slow / _RAMP + patience.longest_s)
-            await asyncio.wait({attacking}, timeout=patience.budget_s)
+            await asyncio.wait(waves, timeout=patience.budget_s)
         attack.is_over = True
-        await attacking
+        await asyncio.gather(*waves)
         num_files = await _files_at_rest(server)
         after = await settled(server)
         pool.close()
