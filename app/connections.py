@@ -176,6 +176,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._running is not None and not self._running.response_complete:
             _abandon(self._running)  # uvicorn tells only the last request of a pipeline
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        self.cycle = self._running = None  # type: ignore[assignment]
+        self.pipeline.clear()  # requests and connection hold each other: apart, they are freed without the collector of cycles
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()

@@ -1,8 +1,9 @@
 """The steps of a layer as the serving forward calls them: linear layers prepacked for the CPU and fused with the step behind them.
 
 torch reorders a layer's weight for oneDNN on every call; a prepacked layer has it in that order from the start. What follows a
-product (SiLU, but not with AMX, a product with another tensor, a residual) is done on its tiles before they are rounded. Elsewhere, and
-for layers that are more than a matrix (unmerged LoRA), the same steps are plain torch, or compiled within `compiled_steps`. Inference only.
+product (SiLU, a product with another tensor, a residual) is done on its tiles before they are rounded, or behind it where that is
+quicker: with AMX. Elsewhere, and for layers that are more than a matrix (unmerged LoRA), the same steps are plain torch, or compiled
+within `compiled_steps`. Inference only.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ _compiled: dict[Step, Step] = {}  # each step's compiled form; like torch's numb
 class PrepackedLinear(nn.Module):
     """`x @ weight.T + bias` with the weight in oneDNN's own order. Takes the place of an `nn.Linear` and frees its weight."""
 
-    def __init__(self, linear: nn.Linear, *, fuses_silu: bool | None = None) -> None:
-        """`fuses_silu`: on the product's tiles, else behind it; None: as is faster here."""
+    def __init__(self, linear: nn.Linear, *, fuses: bool | None = None) -> None:
+        """`fuses`: what follows is done on the product's tiles, else behind it; None: as is faster here."""
         super().__init__()
-        self._fuses_silu = not (linear.weight.dtype == torch.bfloat16 and _has_amx()) if fuses_silu is None else fuses_silu
+        self._fuses = not (linear.weight.dtype == torch.bfloat16 and _has_amx()) if fuses is None else fuses
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _EXPECTED_ROWS)
         self.bias = None if linear.bias is None else linear.bias.detach().clone()  # it may lie in a mapped file
@@ -45,10 +46,13 @@ class PrepackedLinear(nn.Module):
 
     def silu(self, x: Tensor) -> Tensor:
         """SiLU of the product."""
-        return self._product(x, "swish") if self._fuses_silu else F.silu(self._product(x, "none"), inplace=True)
+        return self._product(x, "swish") if self._fuses else F.silu(self._product(x, "none"), inplace=True)
 
     def combined(self, x: Tensor, other: Tensor, how: str) -> Tensor:
         """The product, multiplied by (`mul`) or added to (`add`) another tensor of its shape."""
+        if not self._fuses:
+            product = self._product(x, "none")
+            return product.mul_(other) if how == "mul" else product.add_(other)
         result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, how)
         return result
 
@@ -175,7 +179,7 @@ def can_prepack(linear: nn.Module) -> bool:
 
 @cache
 def _has_amx() -> bool:
-    """Whether this processor has AMX, where oneDNN's kernel for a product and its SiLU is slow at many sizes."""
+    """Whether this processor has AMX, where oneDNN's kernels for a product and what follows are slower than both steps, SiLU's by far."""
     return bool(torch.cpu._is_amx_tile_supported())
 
 

@@ -118,7 +118,7 @@ def quiet_collector() -> Callable[[], None]:
     before = gc.get_threshold()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(before[0], 50, _NEVER)
+    gc.set_threshold(before[0], before[1], _NEVER)
 
     def undo() -> None:
         gc.unfreeze()

@@ -170,6 +170,7 @@ class Served:
     metrics: Metrics
     settings: Settings
     state: FakeState
+    batcher: Batcher
 
     def metric(self, name: str, **labels: str) -> float:
         """A sample's value; 0 when nothing was counted yet."""
@@ -190,7 +191,7 @@ async def serving(
             app = create_app(service, settings, _card(settings, metrics, state), metrics)
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://punchline", headers=headers) as client:
-                yield Served(app, client, scorer, metrics, settings, state)
+                yield Served(app, client, scorer, metrics, settings, state, batcher)
 
 
 def service_of(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from app.bench.flops import Shapes
-from app.bench.limit import Rate, measure_rate, prepacked_product
+from app.bench.limit import Rate, measure_rate, prepacked_product, rate_now
 from app.bench.memory import Peak, PeakMemory, free_bytes, weights_bytes
 from app.geometry import base_config
 from tests.test_geometry import SPECIAL, TINY
@@ -38,6 +38,13 @@ def test_the_rate_is_the_better_of_both() -> None:
     assert Rate(2.0, None).best == 2.0
     assert Rate(2.0, 3.0) | Rate(4.0, 1.0) == Rate(4.0, 3.0)
     assert Rate(2.0, None) | Rate(1.0, None) == Rate(2.0, None)
+
+
+def test_the_rate_of_now_is_measured_anew_at_each_call() -> None:
+    now = rate_now(Shapes.of(base_config(TINY, SPECIAL)), torch.float32, CPU)
+    found = {now() for _ in range(3)}
+    assert all(rate > 0 for rate in found)
+    assert len(found) > 1
 
 
 def test_weights_are_counted_without_the_unused_head(tmp_path: Path) -> None:

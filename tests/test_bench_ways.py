@@ -57,7 +57,9 @@ def who(loopback: Loopback) -> Iterator[Contestants]:
     baseline = load_model(artifact, device="cpu", dtype="float32").model
     workload = Workload(load_encoder(artifact), LIMITS, seed=next(SEEDS))  # the server remembers pictures of earlier tests
     with Client(loopback) as client:
-        yield Contestants(baseline, loopback.runtime.scorer, client, workload, Shapes.of(baseline.backbone.config), torch.device("cpu"))
+        yield Contestants(
+            baseline, loopback.runtime.scorer, client, workload, Shapes.of(baseline.backbone.config), torch.device("cpu"), lambda: 1e9
+        )
 
 
 def test_every_way_scores_as_the_plain_one(who: Contestants) -> None:
@@ -175,9 +177,17 @@ def test_what_a_run_will_take_by_hand() -> None:
 
 
 def test_rows_are_medians_with_their_spread() -> None:
-    runs = tuple(Run(seconds, 10, 5, 0, 100, difference and (difference,)) for seconds, difference in ((2.0, 0.1), (4.0, None), (1.0, 0.3)))
+    each = ((2.0, 200.0, 0.1), (4.0, 50.0, None), (1.0, 1000.0, 0.3))
+    runs = tuple(Run(seconds, rate, 10, 5, 0, 100, difference and (difference,)) for seconds, rate, difference in each)
     row = Row(COLD, 8, runs)
-    assert (row.seconds, row.fastest_s, row.slowest_s, row.flops_per_s, row.difference) == (2.0, 1.0, 4.0, 50.0, 0.3)
+    assert (row.seconds, row.fastest_s, row.slowest_s, row.difference) == (2.0, 1.0, 4.0, 0.3)
+    assert (row.share_of_rate, row.rate) == (0.25, 200.0)  # of 0.25, 0.5 and 0.1
+
+
+def test_each_way_is_held_against_the_rate_of_its_own_moment(who: Contestants) -> None:
+    rates = itertools.count(1)
+    measured = measure_ways(replace(who, rate_now=lambda: float(next(rates))), (1,), 1, lambda _: None)
+    assert [row.rate for row in measured.rows] == [1.5 + 2 * place for place in range(len(WAYS))]
 
 
 def test_the_spread_is_within_groups() -> None:

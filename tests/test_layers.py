@@ -83,10 +83,10 @@ def test_a_prepacked_layer_is_the_linear_layer(shape: tuple[int, ...], inputs: i
 @each_dtype
 @each_bias
 @pytest.mark.parametrize("rows", [1, 2, 63, 700])
-@pytest.mark.parametrize("fuses_silu", [True, False], ids=["on-tiles", "behind"])
-def test_fused_steps_are_the_plain_ones(fuses_silu: bool, rows: int, bias: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("fuses", [True, False], ids=["on-tiles", "behind"])
+def test_fused_steps_are_the_plain_ones(fuses: bool, rows: int, bias: bool, dtype: torch.dtype) -> None:
     linear = linear_of(64, 48, bias=bias, dtype=dtype)
-    layer, x, other = PrepackedLinear(linear, fuses_silu=fuses_silu), torch.randn(rows, 64, dtype=dtype), torch.randn(rows, 48, dtype=dtype)
+    layer, x, other = PrepackedLinear(linear, fuses=fuses), torch.randn(rows, 64, dtype=dtype), torch.randn(rows, 48, dtype=dtype)
     kept = other.clone()
     product = exact(linear, x)
     for fused, plain, expected in (
@@ -104,7 +104,7 @@ def test_fusing_rounds_once() -> None:
     linear = linear_of(64, 512, bias=False, dtype=torch.bfloat16)
     x, other = torch.randn(64, 64, dtype=torch.bfloat16), torch.randn(64, 512, dtype=torch.bfloat16)
     expected = exact(linear, x) * other.double()
-    fused, plain = (float((times(each, x, other).double() - expected).norm()) for each in (packed(linear), linear))
+    fused, plain = (float((times(each, x, other).double() - expected).norm()) for each in (PrepackedLinear(linear, fuses=True), linear))
     assert fused < plain
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import mmap
 import os
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from app.draining import collect_every
 from app.machine import (
     allocator,
     available_bytes,
@@ -214,6 +212,10 @@ def child(program: str) -> str:
     return run.stdout.strip()
 
 
+class Node:
+    itself: Node
+
+
 def test_the_collector_leaves_alone_what_was_there() -> None:
     threshold = gc.get_threshold()
     undo = quiet_collector()
@@ -231,30 +233,3 @@ def test_the_collector_leaves_alone_what_was_there() -> None:
         undo()
     assert gc.get_freeze_count() == 0
     assert gc.get_threshold() == threshold
-
-
-class Node:
-    itself: Node
-
-
-@pytest.mark.anyio
-async def test_old_cycles_are_collected_now_and_then() -> None:
-    undo = quiet_collector()
-    try:
-        cycle = Node()
-        cycle.itself = cycle
-        gone = weakref.ref(cycle)
-        for _ in range(3):
-            gc.collect(1)  # now it is of the oldest, at which nobody looks
-        del cycle
-        gc.collect(1)
-        assert gone() is not None
-        collecting = asyncio.create_task(collect_every(0.01))
-        for _ in range(2000):
-            if gone() is None:
-                break
-            await asyncio.sleep(0.01)
-        collecting.cancel()
-        assert gone() is None
-    finally:
-        undo()

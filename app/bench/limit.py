@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from app.bench.flops import Shapes
 
 _NUM_ROWS = {"cpu": 512, "cuda": 8192}  # of the product: about a cold group of 8, and what keeps a GPU busy
 _MIN_S, _MIN_REPEATS = 0.5, 5  # each shape is repeated for this long, and this often at least
+_NOW_S = 0.2  # the same for the rate of this moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +38,41 @@ class Rate:
 
 def measure_rate(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Rate:
     """Best of several repetitions of the best of the text layer's shapes."""
-    plain, prepacked, num_rows = [], [], _NUM_ROWS[device.type]
-    for inner, outer in sorted(set(shapes.linears)):
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randn(num_rows, inner, generator=generator).to(device, dtype)
-        weight = (torch.randn(outer, inner, generator=generator) / inner**0.5).to(device, dtype)
-        flops = 2 * num_rows * inner * outer
-        plain.append(flops / best_seconds(_plain_product(rows, weight), device))
-        packed = prepacked_product(rows, weight) if device.type == "cpu" else None
-        if packed is not None:
-            prepacked.append(flops / best_seconds(packed, device))
+    products = [product for shape in sorted(set(shapes.linears)) for product in _products(shape, dtype, device)]
+    plain, prepacked = ([each.best_rate(device) for each in products if each.is_prepacked == kind] for kind in (False, True))
     return Rate(max(plain), max(prepacked, default=None))
+
+
+def rate_now(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Callable[[], float]:
+    """How fast the machine multiplies at the moment of the call, in floating-point operations a second.
+
+    A shared machine may change its rate by the second; a way is held against the rate of its own seconds. The median of the largest of
+    the text layer's products, repeated for a fifth of a second.
+    """
+    product = _products(max(shapes.linears, key=math.prod), dtype, device)[-1]
+    _timed(product.work, device)
+    return lambda: product.flops / statistics.median(_repeated(product.work, device, _NOW_S))
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    work: Callable[[], Tensor]
+    flops: int
+    is_prepacked: bool
+
+    def best_rate(self, device: torch.device) -> float:
+        return self.flops / best_seconds(self.work, device)
+
+
+def _products(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> list[_Product]:
+    """Of one weight, [outer, inner]: the plain one, then the prepacked one where there is one."""
+    inner, outer = shape
+    num_rows, generator = _NUM_ROWS[device.type], torch.Generator().manual_seed(0)
+    rows = torch.randn(num_rows, inner, generator=generator).to(device, dtype)
+    weight = (torch.randn(outer, inner, generator=generator) / inner**0.5).to(device, dtype)
+    packed = prepacked_product(rows, weight) if device.type == "cpu" else None
+    works = [_plain_product(rows, weight), *([] if packed is None else [packed])]
+    return [_Product(work, 2 * num_rows * inner * outer, bool(place)) for place, work in enumerate(works)]
 
 
 def prepacked_product(rows: Tensor, weight: Tensor) -> Callable[[], Tensor] | None:
@@ -61,11 +88,16 @@ def prepacked_product(rows: Tensor, weight: Tensor) -> Callable[[], Tensor] | No
 def best_seconds(work: Callable[[], object], device: torch.device) -> float:
     """The fastest of many repetitions, after one to warm up."""
     _timed(work, device)
+    return min(_repeated(work, device, _MIN_S))
+
+
+def _repeated(work: Callable[[], object], device: torch.device, min_s: float) -> list[float]:
+    """Seconds of each repetition."""
     began = time.perf_counter()
     seconds: list[float] = []
-    while len(seconds) < _MIN_REPEATS or time.perf_counter() - began < _MIN_S:
+    while len(seconds) < _MIN_REPEATS or time.perf_counter() - began < min_s:
         seconds.append(_timed(work, device))
-    return min(seconds)
+    return seconds
 
 
 def _plain_product(rows: Tensor, weight: Tensor) -> Callable[[], Tensor]:

@@ -65,7 +65,7 @@ class Subject:
 class Hold:
     """A number to hold. `found` is None where it was refused.
 
-    `ceiling`: what it would be if every product ran at the machine's best rate and nothing else took time.
+    `ceiling`: what it would be if every product ran at the machine's rate of that time and nothing else took time.
     """
 
     what: str
@@ -77,7 +77,7 @@ class Hold:
 
     @property
     def is_beyond(self) -> bool:
-        """Whether this machine could not reach it with nothing but products at its best rate."""
+        """Whether this machine could not reach it with nothing but products at its rate."""
         return self.ceiling is not None and self.at_least and self.ceiling < self.wanted
 
     @property
@@ -148,8 +148,8 @@ class Report:
         return other.seconds / row.seconds
 
     def share_of_limit(self, row: Row) -> float | None:
-        """None for a way that is wrong: quick nonsense has no rate."""
-        return None if self._is_refused(row) else row.flops_per_s / self.rate.best
+        """Of the machine's rate at the time; None for a way that is wrong: quick nonsense has no rate."""
+        return None if self._is_refused(row) else row.share_of_rate
 
     def holds(self) -> list[Hold]:
         """The numbers to hold that this run says something about: of speed only for what they were set for."""
@@ -204,6 +204,7 @@ class Report:
             "tokens": {"requested": last.num_tokens, "computed": last.num_computed_tokens, "cached": last.num_cached_tokens},
             "flops": last.flops,
             "share_of_limit": self.share_of_limit(row),
+            "matrix_rates": [run.rate for run in row.runs],
             "times_plain": self.ratio(row, PLAIN),
             "times_padded": self.ratio(row, PADDED),
             "largest_difference": row.difference,
@@ -219,7 +220,7 @@ class Report:
         row, other = self.measured.find(way, size), self.measured.find(reference, size)
         if row is None or other is None:
             return []
-        ceiling = other.seconds * self.rate.best / max(run.flops for run in row.runs)
+        ceiling = other.seconds * other.rate / max(run.flops for run in row.runs)
         name = "a single caption" if size == 1 else f"a group of {size}"
         return [
             Hold(

@@ -10,7 +10,7 @@ import torch
 
 from app.artifacts import open_artifact
 from app.bench.flops import Shapes
-from app.bench.limit import measure_rate
+from app.bench.limit import measure_rate, rate_now
 from app.bench.load import measure_load
 from app.bench.loopback import Client, Loopback, serving
 from app.bench.memory import free_bytes, weights_bytes
@@ -50,16 +50,17 @@ def run_ways(plan: Plan, report: Callable[[str], None], announce: Callable[[str]
         device = torch.device(runtime.loaded.device)
         shapes = Shapes.of(read_base_config(runtime.artifact.base_path))
         report("measuring the machine's matrix rate")
-        rate = measure_rate(shapes, getattr(torch, runtime.loaded.dtype), device)
+        dtype = getattr(torch, runtime.loaded.dtype)
+        rate = measure_rate(shapes, dtype, device)
         report("loading the model a second time, as it is")
         baseline, load_s = load_baseline(runtime)
         workload = make_workload(runtime)
         tokens = count_tokens(workload)
         with Client(loopback) as client:
-            who = Contestants(baseline, scorer_of(runtime), client, workload, shapes, device)
+            who = Contestants(baseline, scorer_of(runtime), client, workload, shapes, device, rate_now(shapes, dtype, device))
             measured = measure_ways(who, plan.sizes, plan.rounds, report, announce)
         report("measuring the machine's matrix rate again")
-        rate |= measure_rate(shapes, getattr(torch, runtime.loaded.dtype), device)
+        rate |= measure_rate(shapes, dtype, device)
         levels = measure_load(loopback, workload, plan.levels, report)
         report("measuring what HTTP, queue and encoding add")
         return Report(

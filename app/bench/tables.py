@@ -167,7 +167,9 @@ def _agreement(report: Report) -> Iterator[str]:
 def _limit(report: Report) -> str:
     rate = report.rate
     packed = "" if rate.prepacked is None else f", {_rate(rate.prepacked)} with weights prepacked"
-    return f"limit: matrix products of the text layers' shapes run at {_rate(rate.plain)}{packed}"
+    found = sorted(run.rate for row in report.measured.rows for run in row.runs)
+    between = f"; between the ways {_rate(found[0])} to {_rate(found[-1])}, to which each is held" if found else ""
+    return f"limit: matrix products of the text layers' shapes run at best at {_rate(rate.plain)}{packed}{between}"
 
 
 def _start(report: Report) -> Iterator[str]:

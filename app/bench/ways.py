@@ -33,9 +33,13 @@ _Found = TypeVar("_Found")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One way once. `gaps`: how far scores are from the plain way's; None where there was no plain way to ask."""
+    """One way once. `rate`: floating-point operations a second of the machine's matrix products, before and after, their mean.
+
+    `gaps`: how far scores are from the plain way's; None where there was no plain way to ask.
+    """
 
     seconds: float
+    rate: float
     num_tokens: int
     num_computed_tokens: int
     num_cached_tokens: int
@@ -65,8 +69,13 @@ class Row:
         return max(run.seconds for run in self.runs)
 
     @property
-    def flops_per_s(self) -> float:
-        return statistics.median(run.flops / run.seconds for run in self.runs)
+    def share_of_rate(self) -> float:
+        """Of the rate at which the machine multiplied at the time."""
+        return statistics.median(run.flops / run.seconds / run.rate for run in self.runs)
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(run.rate for run in self.runs)
 
     @property
     def gaps(self) -> list[float]:
@@ -101,7 +110,10 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Contestants:
-    """Who takes part. Without `baseline` (memory for a second model was missing) the plain and the padded way stay away."""
+    """Who takes part. Without `baseline` (memory for a second model was missing) the plain and the padded way stay away.
+
+    `rate_now`: how fast the machine multiplies matrices at this moment, floating-point operations a second.
+    """
 
     baseline: RewardModel | None
     scorer: Scorer
@@ -109,6 +121,7 @@ class Contestants:
     workload: Workload
     shapes: Shapes
     device: torch.device
+    rate_now: Callable[[], float]
 
 
 Tell = Callable[[str], None]
@@ -193,6 +206,12 @@ def _image_of(group: EncodedGroup) -> EncodedImage:
     return group.image
 
 
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    seconds: float
+    rate: float  # the machine's around them
+
+
 class _Turn:
     """Every way once at one size: the direct ways and the server each on a picture nobody has seen, then again on that picture.
 
@@ -220,38 +239,38 @@ class _Turn:
         plain = plain or self._plain_and_padded()
         whole = plain[PLAIN][1].values if plain else None
         runs = [(way, run) for way, (run, _) in plain.items()]
-        for way, seconds, scores in shared:
+        for way, clock, scores in shared:
             gaps = gaps_of(whole, scores.values) if way == COLD and whole else self._sampled_gaps(way, scores)
-            runs.append((way, self._shared_run(way, seconds, scores, gaps)))
+            runs.append((way, self._shared_run(way, clock, scores, gaps)))
         return runs
 
     def _shared(self) -> list[tuple[str, Callable[[], Scores]]]:
         return [(COLD, self._direct(COLD)), (WARM, self._direct(WARM)), (HTTP_COLD, self._by_bytes), (HTTP_WARM, self._by_id)]
 
-    def _timed(self, way: str, work: Callable[[], Scores]) -> tuple[float, Scores]:
+    def _timed(self, way: str, work: Callable[[], Scores]) -> tuple[_Clock, Scores]:
         self._report(self._where + way)
-        return timed(work, self._who.device)
+        before = self._who.rate_now()
+        seconds, scores = timed(work, self._who.device)
+        return _Clock(seconds, (before + self._who.rate_now()) / 2), scores
 
-    def _shared_run(self, way: str, seconds: float, scores: Scores, gaps: tuple[float, ...] | None) -> Run:
+    def _shared_run(self, way: str, clock: _Clock, scores: Scores, gaps: tuple[float, ...] | None) -> Run:
         """Only what was computed counts as work: the beginning of all groups may be known to a cold one."""
         group = self._groups[way]
         num_new = scores.num_computed_tokens - sum(len(row) - group.num_prefix for row in group.rows)  # of the prefix
         is_as_named = num_new == 0 if way in (WARM, HTTP_WARM) else num_new >= _image_of(group).num_tokens
         flops = shared_flops(self._who.shapes, group, num_known=min(max(group.num_prefix - num_new, 0), group.num_prefix))
-        return replace(_run(seconds, scores, flops, gaps), is_as_named=is_as_named)
+        return replace(_run(clock, scores, flops, gaps), is_as_named=is_as_named)
 
     def _plain_and_padded(self) -> dict[str, tuple[Run, Scores]]:
         model, group, shapes = self._who.baseline, self._groups[COLD], self._who.shapes
         if model is None:
             return {}
-        self._report(self._where + PLAIN)
-        seconds, plain = timed(lambda: score_plain(model, [group])[0], self._who.device)
+        clock, plain = self._timed(PLAIN, lambda: score_plain(model, [group])[0])
         self.references.append(plain.values)
-        self._report(self._where + PADDED)
-        padded_s, padded = timed(lambda: score_padded(model, [group])[0], self._who.device)
+        padded_clock, padded = self._timed(PADDED, lambda: score_padded(model, [group])[0])
         return {
-            PLAIN: (_run(seconds, plain, plain_flops(shapes, group), (0.0,) * len(plain.values)), plain),
-            PADDED: (_run(padded_s, padded, padded_flops(shapes, group), gaps_of(plain.values, padded.values)), padded),
+            PLAIN: (_run(clock, plain, plain_flops(shapes, group), (0.0,) * len(plain.values)), plain),
+            PADDED: (_run(padded_clock, padded, padded_flops(shapes, group), gaps_of(plain.values, padded.values)), padded),
         }
 
     def _direct(self, way: str) -> Callable[[], Scores]:
@@ -321,5 +340,5 @@ def spread_of(references: Sequence[Sequence[float]]) -> float | None:
     return math.sqrt(statistics.fmean(statistics.variance(scores) for scores in groups))
 
 
-def _run(seconds: float, scores: Scores, flops: int, gaps: tuple[float, ...] | None) -> Run:
-    return Run(seconds, scores.num_tokens, scores.num_computed_tokens, scores.num_cached_tokens, flops, gaps)
+def _run(clock: _Clock, scores: Scores, flops: int, gaps: tuple[float, ...] | None) -> Run:
+    return Run(clock.seconds, clock.rate, scores.num_tokens, scores.num_computed_tokens, scores.num_cached_tokens, flops, gaps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import sys
@@ -63,7 +62,7 @@ def _pin() -> int | None:
 
 def _run(scenario: Scenario, run: Run, hardware: str | None) -> Report:
     began = time.monotonic()
-    report = asyncio.run(scenario.run(run))
+    report = scenario.measure(run)
     if hardware is not None:
         _show(scenario, run, report, f"{time.monotonic() - began:.0f} s")
         print(f"{hardware}; {time.strftime('%Y-%m-%d', time.gmtime())}\n", flush=True)

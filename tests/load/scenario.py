@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from app.machine import quiet_collector
 from tests.load.processes import Oracle
 from tests.load.tally import Samples, Tally, bound, difference, read_samples
 from tests.load.wire import Pool
@@ -77,7 +79,15 @@ class Scenario:
     name: str
     title: str
     plants: tuple[str, ...]
-    run: Callable[[Run], Awaitable[Report]]
+    run: Callable[[Run], Coroutine[Any, Any, Report]]
+
+    def measure(self, run: Run) -> Report:
+        """Run it to its end, in a loop of its own; what is measured are not this process's own collections of garbage."""
+        undo = quiet_collector()
+        try:
+            return asyncio.run(self.run(run))
+        finally:
+            undo()
 
 
 async def upload(pool: Pool, requests: list[bytes]) -> None:
@@ -90,8 +100,6 @@ async def upload(pool: Pool, requests: list[bytes]) -> None:
 
 async def settled(server: Oracle) -> Samples:
     """The server's counts once nothing is in flight."""
-    import asyncio
-
     pool = server.pool()
     try:
         for _ in range(400):

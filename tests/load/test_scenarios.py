@@ -6,8 +6,6 @@ the limit that fails, since a busy machine makes that only worse.
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from tests.load.scenario import Run, Scenario
@@ -18,11 +16,11 @@ PLANTED = [pytest.param(scenario, plant, id=f"{scenario.name}-{plant}") for scen
 
 @pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
 def test_the_short_version_holds(scenario: Scenario) -> None:
-    report = asyncio.run(scenario.run(Run()))
+    report = scenario.measure(Run())
     assert report.failures(is_timed=False) == [], report.shown
 
 
 @pytest.mark.parametrize(("scenario", "plant"), PLANTED)
 def test_a_planted_defect_is_found(scenario: Scenario, plant: str) -> None:
-    report = asyncio.run(scenario.run(Run(plant=plant)))
+    report = scenario.measure(Run(plant=plant))
     assert report.failures()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from contextlib import ExitStack, suppress
 
 import pytest
@@ -191,3 +193,25 @@ def test_a_client_that_reads_slowly_but_reads_has_its_answers() -> None:
         connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 20)
         time.sleep(0.3)
         assert [answer.status for answer in listen(connection, num_answers=20).answers] == [200] * 20
+
+
+@pytest.mark.parametrize("ends", ["by the client", "by the server"])
+def test_what_a_connection_held_is_freed_without_the_collector_of_cycles(ends: str) -> None:
+    """Thousands of ended connections would otherwise lie about until a collection, in which nobody is served."""
+    with wire() as server:
+        gc.collect()
+        gc.disable()
+        try:
+            with connect(server.address) as connection:
+                connection.sendall(request(captions("a")) * 3)
+                assert len(listen(connection, num_answers=3).answers) == 3
+                held = [weakref.ref(each) for each in server.server.server_state.connections]
+                held += [weakref.ref(each.cycle) for each in server.server.server_state.connections]
+                assert len(held) == 2
+                if ends == "by the server":
+                    connection.sendall(b"no request\r\n\r\n")
+                    assert listen(connection, until_closed=True).closed
+            eventually(lambda: not server.server.server_state.connections, "the connection is closed")
+            eventually(lambda: all(each() is None for each in held), "what it held is freed")
+        finally:
+            gc.enable()

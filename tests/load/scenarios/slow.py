@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import socket
+import json
+import sys
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
+from tests.load import slow_clients
 from tests.load.arrivals import arrive, moments, quantile
 from tests.load.asking import Asker
 from tests.load.processes import Oracle, oracle
 from tests.load.scenario import Report, Run, Scenario, settled
 from tests.load.tally import Tally
-from tests.load.wire import Pool, get
+from tests.load.wire import Pool
 
 _RATE, _GROUP_SIZE = 40.0, 8
 _MAX_RATIO = 1.5
-_DRIBBLE_S = 1.0  # between two bytes of the slow
 _RAMP = 200.0  # of the slow a second, as slowhttptest is often run; all at once they would be a flood of connections, another attack
-_BROKEN = (OSError, asyncio.IncompleteReadError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,67 +47,39 @@ _ENDLESS = {"header_timeout_s": "75", "body_timeout_s": "600", "write_timeout_s"
 
 
 @dataclass(slots=True)
-class Attack:
-    """The slow, by kind, and how long each of them was let in."""
+class Wave:
+    """The slow, who come at `_RAMP` a second, in a process of their own."""
 
-    port: int
-    num_each: int
-    is_over: bool = False
-    stays_s: dict[str, list[float]] = field(default_factory=lambda: {"head": [], "body": [], "reading": []})
+    process: asyncio.subprocess.Process
+    stays_s: dict[str, list[float]] = field(default_factory=dict)
+    came_s: float = 0.0
 
-    @property
-    def num_slow(self) -> int:
-        return 2 * self.num_each + self.num_each // 5
+    @classmethod
+    async def ready(cls, port: int, num_each: int, patience: Patience) -> Wave:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tests.load.slow_clients", str(port), str(num_each), str(_RAMP), str(patience.budget_s),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=1 << 24,
+        )  # fmt: skip
+        wave = cls(process)
+        await wave._line()
+        return wave
 
-    async def run(self) -> None:
-        """Until the last is out or `is_over`."""
-        slow = [self._dribble_head, self._dribble_body] * self.num_each + [self._never_read] * (self.num_each // 5)
-        random.Random(8).shuffle(slow)
-        names = {self._dribble_head: "head", self._dribble_body: "body", self._never_read: "reading"}
-        await asyncio.gather(*(self._stay(names[each], each, index / _RAMP) for index, each in enumerate(slow)))
+    def begin(self) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.write(b"go\n")
 
-    async def _stay(self, name: str, slow: Callable[[], Awaitable[None]], wait_s: float) -> None:
-        await asyncio.sleep(wait_s)
-        began = time.monotonic()
-        with suppress(*_BROKEN):
-            await slow()
-        if not self.is_over:
-            self.stays_s[name].append(time.monotonic() - began)
+    async def end(self) -> None:
+        """Wait until the last is out or had its time."""
+        told = json.loads(await self._line())
+        self.stays_s, self.came_s = told["stays_s"], told["came_s"]
+        await self.process.wait()
 
-    async def _dribble_head(self) -> None:
-        await self._dribble(b"POST /score HTTP/1.1\r\nHost: x\r\nX-Slow: ")
-
-    async def _dribble_body(self) -> None:
-        await self._dribble(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n{")
-
-    async def _dribble(self, beginning: bytes) -> None:
-        """A byte now and then until the server has enough of it."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        try:
-            writer.write(beginning)
-            ended = asyncio.ensure_future(reader.read())  # until its end: there may be an answer before
-            while not ended.done() and not self.is_over:
-                writer.write(b"x")
-                await asyncio.wait({ended}, timeout=_DRIBBLE_S)
-            ended.cancel()
-        finally:
-            writer.transport.abort()
-
-    async def _never_read(self) -> None:
-        """Ask for large answers and take none: a socket whose buffers stay full."""
-        own = socket.socket()
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        own.setblocking(False)
-        loop = asyncio.get_running_loop()
-        try:
-            await loop.sock_connect(own, ("127.0.0.1", self.port))
-            await loop.sock_sendall(own, get("/openapi.json") * 60)
-            while not self.is_over:
-                await asyncio.sleep(_DRIBBLE_S)
-                own.getpeername()  # raises once the server gave it up
-                await loop.sock_sendall(own, b"\r\n")
-        finally:
-            own.close()
+    async def _line(self) -> bytes:
+        if self.process.stdout is None or not (line := await self.process.stdout.readline()):
+            raise RuntimeError("the slow clients' process has ended")
+        return line
 
 
 async def run(run: Run) -> Report:
@@ -123,14 +92,12 @@ async def run(run: Run) -> Report:
         await _healthy(pool, asker, Tally(), 0.5)
         before = await settled(server)
         baseline = await _healthy(pool, asker, tally, seconds)
-        attack, attacked = Attack(server.port, 20 if run.plant else run.pick(50, 500)), list[float]()
-        waves: list[asyncio.Task[None]] = []
+        num_each, attacked, waves = 20 if run.plant else run.pick(50, 500), list[float](), list[Wave]()
         for _ in range(num_waves):
-            waves.append(asyncio.create_task(attack.run()))
-            attacked += await _healthy(pool, asker, tally, attack.num_slow / _RAMP + patience.longest_s)
-            await asyncio.wait(waves, timeout=patience.budget_s)
-        attack.is_over = True
-        await asyncio.gather(*waves)
+            waves.append(await Wave.ready(server.port, num_each, patience))
+            waves[-1].begin()
+            attacked += await _healthy(pool, asker, tally, slow_clients.count(num_each) / _RAMP + patience.longest_s)
+            await waves[-1].end()
         num_files = await _files_at_rest(server)
         after = await settled(server)
         pool.close()
@@ -139,9 +106,11 @@ async def run(run: Run) -> Report:
     p99 = quantile(attacked, 0.99), quantile(baseline, 0.99)
     text = f"{p99[0] * 1000:.1f} / {p99[1] * 1000:.1f} ms = {p99[0] / p99[1]:.2f}, of {len(attacked)} and {len(baseline)}"
     report.add("healthy p99, under attack / baseline", text, p99[0] <= _MAX_RATIO * p99[1], is_timed=True)
-    num_out = sum(stay <= patience.budget_s for stays in attack.stays_s.values() for stay in stays)
-    longest = {name: f"{max(stays, default=0.0):.1f} s" for name, stays in attack.stays_s.items()}
-    num_slow = attack.num_slow * num_waves
+    stays = {name: [stay for wave in waves for stay in wave.stays_s[name]] for name in waves[0].stays_s}
+    num_out = sum(stay <= patience.budget_s for each in stays.values() for stay in each)
+    longest = {name: f"{max(each, default=0.0):.1f} s" for name, each in stays.items()}
+    num_slow = slow_clients.count(num_each) * num_waves
+    report.add("slow clients, a wave came within", f"{num_slow:,} in {num_waves}, {max(wave.came_s for wave in waves):.1f} s")
     report.add("slow clients shown out", f"{num_out:,} of {num_slow:,}, at the latest after {longest}", num_out == num_slow)
     report.add("open files afterwards", num_files)
     refused = {name: after[name] - before.get(name, 0.0) for name in after if name.startswith("http_server_refused_connections_total")}
