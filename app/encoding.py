@@ -55,6 +55,7 @@ class Encoder:
     def __init__(self, config: RewardModelConfig, tokenizer: Any, image_processor: Any, image_token_id: int | None) -> None:
         self._config = config
         self._plain = _plain_tokenizer(tokenizer)
+        self.special_tokens: dict[str, int] = dict(tokenizer.get_added_vocab())  # their text, and the ids that no caption may become
         self._processor = image_processor
         self._image_token_id = image_token_id
         self._frame, self._template = _frame(config, tokenizer, with_image=self.takes_images)

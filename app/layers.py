@@ -1,9 +1,8 @@
 """The steps of a layer as the serving forward calls them: linear layers prepacked for the CPU and fused with the step behind them.
 
-torch reorders a layer's weight for oneDNN on every call; a prepacked layer has it in that order from the start. What follows a
-product (SiLU, a product with another tensor, a residual) is done on its tiles before they are rounded, or behind it where that is
-quicker: with AMX. Elsewhere, and for layers that are more than a matrix (unmerged LoRA), the same steps are plain torch, or compiled
-within `compiled_steps`. Inference only.
+torch reorders a layer's weight for oneDNN on every call; a prepacked layer has it in that order from the start. What follows a product
+is done on its tiles before they are rounded, or behind it where that is quicker: with AMX. Elsewhere, and for layers that are more than
+a matrix (unmerged LoRA), the same steps are plain torch, or compiled within `compiled_steps`. Inference only.
 """
 
 from __future__ import annotations

@@ -223,6 +223,7 @@ def build_scorer(
 async def _prove(runtime: Runtime, encoder: Encoder) -> list[GoldenCase]:
     """Every check of the start, what costs least first. Returns what may be asked again. Raises ArtifactInvalid at the first that fails."""
     selftest, artifact, limits = runtime.selftest, runtime.artifact, image_limits(runtime.settings)
+    runtime.findings += _held(artifact, [startcheck.specials(encoder)])
     if selftest.golden is not None:
         runtime.findings += _held(artifact, [startcheck.recipe(selftest.golden, artifact.config)])
         runtime.findings += _held(artifact, startcheck.of_encoding(selftest.golden, selftest.cases(encoder, limits)))

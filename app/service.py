@@ -77,7 +77,9 @@ class StoredImage:
 class _Prepared:
     """A group ready for the queue."""
 
-    pieces: tuple[EncodedGroup, ...]  # consecutive captions; empty when every caption has an error
+    pieces: tuple[EncodedGroup, ...]  # of distinct captions, consecutive; empty when every caption has an error
+    places: tuple[int, ...]  # of each caption without an error among the rows of all pieces
+    num_repeated_tokens: int  # in rows that are there already
     errors: tuple[ApiError | None, ...]
     image_id: str | None
     explanation: Explanation | None
@@ -242,10 +244,12 @@ class ScoringService:
                 image, bound = self._image(request, reservation)
             with _measured(self._metrics, timing, "encode"):
                 group, errors = self._encoder.encode(Group(request.captions, request.prompt, image))
-                pieces = self._split(replace(group, fresh=request.fresh)) if group else ()
+                found, places = _distinct(group) if group else (None, ())
+                pieces = self._split(replace(found, fresh=request.fresh)) if found else ()
             reservation.settle(bound, sum(piece.num_tokens for piece in pieces))
-            explanation = self._encoder.explain(pieces) if explain and pieces else None
-            return _Prepared(pieces, tuple(errors), image.image_id if image else None, explanation)
+            explanation = self._encoder.explain([group]) if explain and group else None
+            repeated = sum(map(len, group.rows)) - sum(map(len, found.rows)) if group and found else 0
+            return _Prepared(pieces, places, repeated, tuple(errors), image.image_id if image else None, explanation)
 
     def _check_prompt(self, prompt: str | None) -> None:
         if prompt is not None and self._config.prompt_policy == "fixed" and prompt != self._config.default_prompt:
@@ -324,14 +328,25 @@ def _status(error: BaseException) -> int:
     return error.status if isinstance(error, ApiError) else ApiError.status
 
 
+def _distinct(group: EncodedGroup) -> tuple[EncodedGroup, tuple[int, ...]]:
+    """The group with each of its rows once, and where in it each row is: equal captions have one score, in whatever pieces it is cut."""
+    firsts: dict[bytes, int] = {}  # of each row that differs, where it comes first
+    same_as = [firsts.setdefault(row.tobytes(), index) for index, row in enumerate(group.rows)]
+    kept = list(firsts.values())
+    place_of = {index: place for place, index in enumerate(kept)}
+    rows, own = tuple(group.rows[index] for index in kept), tuple(group.row_prefixes[index] for index in kept if group.row_prefixes)
+    return replace(group, rows=rows, row_prefixes=own), tuple(place_of[index] for index in same_as)
+
+
 def _result(prepared: _Prepared, jobs: Sequence[Job]) -> GroupResult:
     done = [job.future.result() for job in jobs]
-    values = iter([value for scores in done for value in scores.values])
+    distinct = [value for scores in done for value in scores.values]
+    values = iter([distinct[place] for place in prepared.places])
     return GroupResult(
         scores=tuple(next(values) if error is None else None for error in prepared.errors),
         errors=prepared.errors,
         image_id=prepared.image_id,
-        num_tokens=sum(item.num_tokens for item in done),
+        num_tokens=prepared.num_repeated_tokens + sum(item.num_tokens for item in done),
         num_computed_tokens=sum(item.num_computed_tokens for item in done),
         num_cached_tokens=sum(item.num_cached_tokens for item in done),
         truncated_prompt=any(piece.truncated_prompt for piece in prepared.pieces),

@@ -25,10 +25,12 @@ from app.preference import probability
 from app.settings import MAX_PIXELS
 
 if TYPE_CHECKING:
+    from app.encoding import Encoder
     from app.model import RewardModel
 
 _MAX_SHIFT = 1 / 3  # of the tolerance: errors of rounding cancel, those of a fault point one way
 _NUM_WINNERS = 8
+_ORDINARY = "a"  # a caption that fits everywhere
 _BLANK_SIDE = 56  # pixels: as few image tokens as a picture can have
 _NUM_NEIGHBOURS = 2
 MAX_LIVE_S = 5.0  # a 3B model on a CPU would take longer; its golden scores must do there
@@ -177,6 +179,19 @@ def pixels(golden: Golden, cases: Sequence[GoldenCase]) -> Finding:
     here = pixel_libraries()
     changed = [f"{name} {there} there, {here.get(name)} here" for name, there in golden.made_with.items() if here.get(name) != there]
     return Finding("C13 pixels", bool(changed), f"golden item {other[0]} has other pixels than at export {'; '.join(changed)}".rstrip())
+
+
+def specials(encoder: Encoder) -> Finding:
+    """Captions that spell control tokens become ordinary text: as many control ids in their rows as in any other's, images included."""
+    texts, control = sorted(encoder.special_tokens), list(encoder.special_tokens.values())
+    image = encoder.encode_image(_blank()) if encoder.takes_images else None
+    group, errors = encoder.encode(Group((_ORDINARY, *texts), None, image))
+    spelt = [text for text, error in zip((_ORDINARY, *texts), errors, strict=True) if error is None]
+    counts = [int(np.isin(row, control).sum()) for row in group.rows] if group else []
+    taken = [text for text, count in zip(spelt, counts, strict=True) if count != counts[0]]
+    if taken:
+        return Finding("C12 special", False, f"a caption that spells {taken[0]} gets it as a control token")
+    return Finding("C12 special", True, f"{len(spelt) - 1} captions that spell control tokens are ordinary text")
 
 
 def _other_pixels(expected: str | None, group: EncodedGroup) -> bool:

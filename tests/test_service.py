@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from app.artifacts import RewardModelConfig
 from app.caches import ByteBoundedCache
-from app.contracts import EncodedImage
+from app.contracts import EncodedGroup, EncodedImage, Scores
 from app.errors import (
     ApiError,
     DeadlineExceeded,
@@ -152,6 +152,27 @@ async def test_a_large_group_is_split_over_batches_and_put_back_in_order() -> No
     assert [sum(len(group.rows) for group in call) for call in scorer.calls] == [6] * 6 + [4]
     assert result.num_tokens == 40 * (PREFIX + 11)
     assert result.num_computed_tokens == 7 * PREFIX + 40 * 11
+
+
+class CompanyScorer(FaultyScorer):
+    """Its scores depend on the batch, as those in bfloat16 do."""
+
+    def score(self, prepared: tuple[EncodedGroup, ...]) -> list[Scores]:
+        number = len(self.calls)
+        return [replace(each, values=tuple(value + number for value in each.values)) for each in super().score(prepared)]
+
+
+@pytest.mark.parametrize("max_batch_tokens", [PREFIX + 8, 1000], ids=["a batch a caption", "one batch"])
+async def test_equal_captions_of_a_group_have_equal_bits_in_whatever_pieces_it_is_cut(max_batch_tokens: int) -> None:
+    """X10. A row is computed once, and what it would cost alone is counted for each."""
+    captions, scorer = ("x1", "x2", "x1", "y3", "x2", "x1"), CompanyScorer()
+    async with stack_of(scorer, max_batch_tokens=max_batch_tokens) as stack:
+        (found,) = await stack.score(asking(*captions))
+    scores = dict(zip(captions, found.scores, strict=True))
+    assert found.scores == tuple(scores[caption] for caption in captions)
+    assert len(set(scores.values())) == 3
+    assert sum(len(group.rows) for batch in scorer.calls for group in batch) == 3
+    assert found.num_tokens == len(captions) * (PREFIX + len("x1") + 1)
 
 
 async def test_concurrent_single_captions_of_one_image_are_one_batch() -> None:
@@ -412,6 +433,8 @@ async def test_tokens_of_others_refuse_without_blaming_a_field() -> None:
 
 
 async def test_a_request_past_its_deadline_is_given_up_and_never_computed() -> None:
+    """O7, G11. How long a queue will take depends on what its requests can share, so nobody is refused by a guess at it: when a device
+    becomes slow, those it cannot serve in time are told so at their deadline at the latest, and their work is not done."""
     scorer = GatedScorer()
     async with stack_of(scorer) as stack:
         first = stack.started(asking("a"))

@@ -1,4 +1,4 @@
-"""What the start says of an artifact's own records. The checks that refuse are shown by the planted faults."""
+"""What the start says of an artifact's records, and of captions that spell control tokens. Planted faults show the other refusals."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from app.artifacts import RewardModelConfig
-from app.startcheck import of_artifact
+from app.artifacts import Artifact, RewardModelConfig
+from app.encoding import load_encoder
+from app.startcheck import of_artifact, specials
 
 
 def messages(**fields: Any) -> list[str]:
@@ -41,3 +42,20 @@ def test_recorded_hashes_are_counted() -> None:
 )
 def test_other_libraries_than_in_training_are_named(recorded: Any, message: str) -> None:
     assert messages(training={"versions": recorded})[1] == message
+
+
+def test_captions_that_spell_control_tokens_stay_text(artifact: Artifact) -> None:
+    """X4: every added token of the tokenizer, not only those a table thought of."""
+    encoder = load_encoder(artifact)
+    finding = specials(encoder)
+    assert finding.passed
+    assert finding.message.startswith(f"{len(encoder.special_tokens)} captions")
+    assert len(encoder.special_tokens) >= 3
+
+
+def test_a_tokenizer_that_takes_them_for_control_tokens_is_refused(artifact: Artifact) -> None:
+    encoder = load_encoder(artifact)
+    encoder._plain.encode_special_tokens = False
+    finding = specials(encoder)
+    assert not finding.passed
+    assert finding.check == "C12 special"

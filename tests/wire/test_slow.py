@@ -215,3 +215,15 @@ def test_what_a_connection_held_is_freed_without_the_collector_of_cycles(ends: s
             eventually(lambda: all(each() is None for each in held), "what it held is freed")
         finally:
             gc.enable()
+
+
+def test_answers_that_nobody_takes_are_not_worked_on_far_ahead() -> None:
+    """Left to itself the kernel keeps megabytes of them: all sixty would be made for somebody who reads none."""
+    asked = 60
+    with wire(write_timeout_s=1) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(server.address)
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * asked)
+        eventually(lambda: server.refused("write_timeout") == 1, "the connection is given up")
+        name = "http_server_request_duration_seconds_count"
+        assert 0 < sum(s.value for m in server.served.metrics.registry.collect() for s in m.samples if s.name == name) < asked / 2
