@@ -19,7 +19,7 @@ import uvicorn
 
 from app.batching import Batcher
 from app.errors import DeviceBroken, SettingsInvalid
-from app.machine import quiet_collector
+from app.machine import give_back, quiet_collector
 from app.settings import Settings
 
 log = logging.getLogger("punchline")
@@ -78,7 +78,7 @@ class DrainingServer(uvicorn.Server):
         self._announce(sockets[0])
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        tasks = [asyncio.create_task(self._leave_when_broken()), asyncio.create_task(collect_seldom(_TIDY_S))]
+        tasks = [asyncio.create_task(self._leave_when_broken()), asyncio.create_task(tidy_seldom(_TIDY_S))]
         try:
             await super().serve(sockets)
         finally:
@@ -130,20 +130,26 @@ class DrainingServer(uvicorn.Server):
         self._timers.append(asyncio.get_running_loop().call_later(seconds, call))
 
 
-async def collect_seldom(
+def tidy() -> None:
+    """Free cycles that have become old, and give back what is free."""
+    gc.collect()
+    give_back()
+
+
+async def tidy_seldom(
     seconds: float,
-    collect: Callable[[], object] = gc.collect,
+    work: Callable[[], object] = tidy,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
-    """Free cycles that have become old, until cancelled. Nobody is served meanwhile: tenths of a second with a thousand connections,
-    so that the next time comes after `seconds`, or after a thousand times what the last took.
+    """Until cancelled. Nobody is served meanwhile: tenths of a second with a thousand connections, so that the next time comes after
+    `seconds`, or after a thousand times what the last took.
     """
     pause_s = seconds
     while True:
         await sleep(pause_s)
         began = clock()
-        collect()
+        work()
         pause_s = max(seconds, (clock() - began) / _MAX_TIDYING)
 
 

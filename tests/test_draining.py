@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 import pytest
 
 from app.connections import guarded_config
-from app.draining import DrainingServer, bind, collect_seldom
+from app.draining import DrainingServer, bind, tidy_seldom
 from app.machine import quiet_collector
 from tests.fakes import FINGERPRINT, serving
 
@@ -37,7 +37,7 @@ async def test_old_cycles_are_collected_now_and_then() -> None:
         gone = old_cycle()
         gc.collect(1)
         assert gone() is not None
-        collecting = asyncio.create_task(collect_seldom(0.01))
+        collecting = asyncio.create_task(tidy_seldom(0.01))
         for _ in range(2000):
             if gone() is None:
                 break
@@ -59,7 +59,7 @@ async def test_the_longer_a_collection_takes_the_later_is_the_next() -> None:
         pauses.append(seconds)
 
     with suppress(StopIteration, RuntimeError):
-        await collect_seldom(30.0, collect, lambda: now[0], sleep)
+        await tidy_seldom(30.0, collect, lambda: now[0], sleep)
     assert pauses == pytest.approx([30.0, 30.0, 200.0, 30.0])
 
 

@@ -233,3 +233,22 @@ def test_the_collector_leaves_alone_what_was_there() -> None:
         undo()
     assert gc.get_freeze_count() == 0
     assert gc.get_threshold() == threshold
+
+
+def test_what_is_free_goes_back_to_the_system() -> None:
+    """Forty mebibytes in blocks of 64 KiB, of which every hundredth stays: the heap cannot shrink, its pages can."""
+    program = """
+import ctypes
+from app.machine import allocator, give_back, resident_bytes
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+blocks = [libc.malloc(ctypes.c_size_t(65536)) for _ in range(640)]
+for block in blocks:
+    ctypes.memset(block, 1, 65536)
+for number, block in enumerate(blocks):
+    if number % 100:
+        libc.free(ctypes.c_void_p(block))
+before = resident_bytes()
+print(allocator() if allocator() != "glibc" or before is None else give_back() and before - resident_bytes() > 20 << 20)
+"""
+    assert child(program) in ("True", "system", "tcmalloc", "jemalloc", "mimalloc")
