@@ -179,7 +179,12 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    *, scorer: OracleScorer | None = None, takes_images: bool = True, headers: dict[str, str] | None = None, **flags: Any
+    *,
+    scorer: OracleScorer | None = None,
+    encoder: FakeEncoder | None = None,
+    takes_images: bool = True,
+    headers: dict[str, str] | None = None,
+    **flags: Any,
 ) -> AsyncIterator[Served]:
     """The real service, batcher and HTTP layer over the fakes, with settings from `flags`."""
     settings, metrics, state, scorer = Settings(**flags), Metrics(), FakeState(), scorer or OracleScorer()
@@ -187,7 +192,8 @@ async def serving(
     batcher = Batcher(scorer, max_batch_tokens=settings.max_batch_tokens, admission=admission, metrics=metrics)
     with ThreadPoolExecutor(2) as pool:
         async with batcher:
-            service = service_of(settings, metrics, FakeEncoder(takes_images=takes_images), batcher, admission, pool)
+            encoder = encoder or FakeEncoder(takes_images=takes_images)
+            service = service_of(settings, metrics, encoder, batcher, admission, pool)
             app = create_app(service, settings, _card(settings, metrics, state), metrics)
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://punchline", headers=headers) as client:

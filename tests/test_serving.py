@@ -12,7 +12,7 @@ from app.artifacts import Artifact
 from app.draining import bind
 from app.main import running
 from app.model import LoadedModel, load_model
-from app.serving import attention_ways, describe
+from app.serving import attention_ways, describe, warnings
 from app.settings import load_settings
 from tests.tiny import write_text_only
 
@@ -23,6 +23,24 @@ def test_answers_are_sent_at_once() -> None:
         listener.listen()
         with socket.create_connection(listener.getsockname()), closing(listener.accept()[0]) as connection:
             assert connection.proto == socket.IPPROTO_TCP
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "is_warned"),
+    [
+        ("0.0.0.0", None, True),
+        ("::", None, True),
+        ("192.0.2.7", None, True),
+        ("0.0.0.0", "correct-horse-battery-staple", False),
+        ("127.0.0.1", None, False),
+        ("::1", None, False),
+        ("localhost", None, False),
+    ],
+)
+def test_a_port_that_others_reach_without_a_key_is_warned_of(host: str, key: str | None, is_warned: bool) -> None:
+    """K3. It serves all the same, so that one line starts a container."""
+    told = warnings(load_settings(host=host, api_key=key))
+    assert told == [f"listening on {host} without PUNCHLINE_API_KEY: anyone who reaches this port can use it"] * is_warned
 
 
 @pytest.mark.anyio

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import hmac
+import inspect
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -174,6 +177,38 @@ async def test_requests_are_counted_by_key_and_no_key_can_be_read_from_it() -> N
         shown = (await served.client.get("/metrics", headers={"Authorization": f"Bearer {KEY}"})).text
         assert KEY not in shown
         assert SECOND not in shown
+
+
+SHOWN = {
+    "the first": KEY,
+    "the second": SECOND,
+    "the first but its last letter": KEY[:-1] + "x",
+    "the first but its first letter": "x" + KEY[1:],
+    "half of the first": KEY[: len(KEY) // 2],
+    "the first and more": KEY + "x",
+    "one letter": "x",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+async def test_how_much_of_a_key_was_right_changes_nothing_that_takes_time(name: str) -> None:
+    """A4. Counted, not timed: whatever is shown, one digest is compared with those of all keys, to the end, in constant time."""
+    compared: list[tuple[bytes, bytes]] = []
+
+    def same(one: bytes, other: bytes) -> bool:
+        compared.append((one, other))
+        return hmac.compare_digest(one, other)
+
+    async def inner(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    wire, digests = Wire(), [hashlib.sha256(key.encode()).digest() for key in (KEY, SECOND)]
+    app = enveloped(inner, api_keys=(KEY, SECOND), same=same)
+    await app(scope("/score", (b"authorization", b"Bearer " + SHOWN[name].encode())), wire.receive, wire.send)
+    assert compared == [(hashlib.sha256(SHOWN[name].encode()).digest(), digest) for digest in digests]
+    assert wire.status == (200 if SHOWN[name] in (KEY, SECOND) else 401)
+    assert inspect.signature(Envelope).parameters["same"].default is hmac.compare_digest
 
 
 @pytest.mark.parametrize(
@@ -367,12 +402,13 @@ async def test_metrics_are_prometheus_text_with_the_documented_names(application
     assert not any(word in answer.text for word in (BODY["image"][:20], "Bearer"))
 
 
-def enveloped(app: ASGIApp) -> Envelope:
+def enveloped(app: ASGIApp, *, api_keys: tuple[str, ...] = (), same: Callable[[bytes, bytes], bool] = hmac.compare_digest) -> Envelope:
     metrics = Metrics()
     return Envelope(
         app,
         fingerprint=FINGERPRINT,
-        api_keys=(),
+        api_keys=api_keys,
+        same=same,
         metrics=metrics,
         paths=frozenset({"/score"}),
         is_draining=lambda: False,

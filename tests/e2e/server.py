@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import IO
 
 ADDRESS = re.compile(r" on (http://\S+)")
 
@@ -26,10 +27,10 @@ class Server:
 
 
 @contextmanager
-def started(*flags: str) -> Iterator[Server]:
-    """Start a server, wait for the line that names its address, stop it afterwards."""
+def started(*flags: str, log: IO[str] | None = None) -> Iterator[Server]:
+    """Start a server, wait for the line that names its address, stop it afterwards. Its log goes to ours, or to a file."""
     command = [sys.executable, "-m", "app.cli", "serve", "--port", "0", "--num-threads", "1", "--drain-notice-s", "0", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sys.stderr, text=True, env=environment())
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log or sys.stderr, text=True, env=environment())
     try:
         yield Server(_address(process), process)
     finally:

@@ -88,6 +88,25 @@ def test_a_value_out_of_range_is_refused() -> None:
     refused(punchline("serve", PUNCHLINE_PORT="70000"), "PUNCHLINE_PORT")
 
 
+def test_a_port_open_to_all_is_warned_of_once_and_on_the_card(tmp_path: Path) -> None:
+    """K3. In the log at start, however many ask afterwards, and in `/info`."""
+    log = tmp_path / "log"
+    with log.open("w") as stream, started("--host", "0.0.0.0", log=stream) as server:
+        for _ in range(3):
+            (warning,) = httpx.get(f"{server.url}/info").json()["warnings"]
+        assert server.stop() == 0
+    assert "listening on 0.0.0.0 without PUNCHLINE_API_KEY" in warning
+    lines = [line for line in log.read_text().splitlines() if warning in line]
+    assert len(lines) == 1
+    assert " WARNING " in lines[0]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_without_a_key_that_is_required_nothing_starts(host: str) -> None:
+    """K3."""
+    refused(punchline("serve", "--host", host, PUNCHLINE_REQUIRE_AUTH="1"), "require_auth is set and api_key is not")
+
+
 def test_a_missing_model_is_refused() -> None:
     refused(punchline("serve", "--model", "./nowhere"), "./nowhere")
 
