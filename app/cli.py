@@ -63,18 +63,26 @@ def main() -> None:
     try:
         app()  # a wrong usage is typer's to show, exit code 2; an interrupt is exit code 130
     except StartRefused as error:
-        err.print(f"punchline: {error}", markup=False, highlight=False, soft_wrap=True)
+        _complain(str(error))
         sys.exit(StartRefused.exit_code)
     except DeviceBroken as error:
-        err.print(f"punchline: {error}", markup=False, highlight=False, soft_wrap=True)
+        _complain(str(error))
         leave(DeviceBroken.exit_code)
     except (DeviceFault, DeviceHung) as error:
-        err.print(f"punchline: {error.message}", markup=False, highlight=False, soft_wrap=True)
+        _complain(error.message)
         leave(DeviceBroken.exit_code)
     except ApiError as error:
         where = f" ({error.field})" if error.field else ""
-        err.print(f"punchline: {error.code}: {error.message}{where}", markup=False, highlight=False, soft_wrap=True)
+        _complain(f"{error.code}: {error.message}{where}")
         sys.exit(1)
+
+
+def _complain(text: str) -> None:
+    """On stderr as it is; one that takes nothing must not change the exit code."""
+    try:
+        err.print(f"punchline: {text}", markup=False, highlight=False, soft_wrap=True)
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (what it still holds would fail again at exit)
 
 
 def _one_of(url: str | None, *local: str | None) -> None:

@@ -42,6 +42,7 @@ class Metrics:
             ("http_request_method", "http_route", "http_response_status_code"),
         )  # fmt: skip
         self.http_active = self._gauge("http_server_active_requests", "Requests being answered.", ("http_route",))
+        self.lost_log_lines = self._counter("reward_lost_log_lines_total", "Lines that the log did not take, as on a full disk.")
         self.refused_connections = self._counter(
             "http_server_refused_connections_total",
             "Connections ended by the server: bad_http, head_too_large, head_timeout, idle, too_many, write_timeout.",

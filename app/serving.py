@@ -9,6 +9,7 @@ import socket
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
+from ipaddress import ip_address
 from typing import Any
 
 import uvicorn
@@ -21,13 +22,13 @@ from app.connections import guarded_config
 from app.draining import DrainingServer, bind
 from app.errors import ScoringFailed
 from app.main import Runtime, running
+from app.metrics import Metrics
 from app.model import attention_ways
 from app.proof import address_of, prove_over_http
 from app.selftest import SelfTestReport
 from app.settings import Settings
 
 log = logging.getLogger("punchline")
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "pillow", "fastapi")
 
 
@@ -40,6 +41,7 @@ async def serve(settings: Settings) -> None:
     try:
         async with running(settings) as runtime:
             runtime.awaits_proof = True
+            _count_lost_lines(runtime.metrics)
             server = DrainingServer(
                 config_of(runtime),
                 runtime.batcher,
@@ -54,6 +56,16 @@ async def serve(settings: Settings) -> None:
                 raise server.fault
     finally:
         listener.close()
+
+
+def _count_lost_lines(metrics: Metrics) -> None:
+    """A log that takes no line stops nothing, and is seen where it can be: by default logging tells of it on the stream that failed."""
+
+    def lost(record: logging.LogRecord) -> None:
+        metrics.lost_log_lines.inc()
+
+    for handler in logging.getLogger().handlers:
+        handler.handleError = lost  # type: ignore[method-assign]
 
 
 def config_of(runtime: Runtime) -> uvicorn.Config:
@@ -122,9 +134,16 @@ def describe(runtime: Runtime) -> dict[str, Any]:
 
 def warnings(settings: Settings) -> list[str]:
     """What an operator should know about these settings."""
-    if settings.host not in _LOOPBACK and not settings.api_keys:
+    if not _is_loopback(settings.host) and not settings.api_keys:
         return [f"listening on {settings.host} without PUNCHLINE_API_KEY: anyone who reaches this port can use it"]
     return []
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _announce(runtime: Runtime, listener: socket.socket) -> None:

@@ -35,6 +35,8 @@ def test_answers_are_sent_at_once() -> None:
         ("127.0.0.1", None, False),
         ("::1", None, False),
         ("localhost", None, False),
+        ("127.0.0.2", None, False),
+        ("a-name", None, True),
     ],
 )
 def test_a_port_that_others_reach_without_a_key_is_warned_of(host: str, key: str | None, is_warned: bool) -> None:

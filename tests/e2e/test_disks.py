@@ -7,7 +7,9 @@ import contextlib
 import io
 import logging
 import os
+import re
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,8 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.errors import StartRefused
 from app.serving import tell
-from tests.e2e.server import Server, started
+from tests.e2e.server import Server, environment, started
 from tests.e2e.test_serving import CARTOON
 from tests.wire.server import eventually
 
@@ -48,10 +51,15 @@ def ask_in_every_way(server: Server, caption: str) -> None:
         assert of_large[0] == of_large[1] != small
 
 
+def num_lost_lines(server: Server) -> float:
+    found = re.search(r"^reward_lost_log_lines_total (\S+)$", httpx.get(f"{server.url}/metrics").text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
 def test_a_disk_that_fills_up_stops_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """D1, D2. From a moment on no file takes a byte, as on a full disk: bodies are never spooled, and lines of the log are lost.
 
-    How many are lost is not counted anywhere. With room again the log goes on.
+    They are counted. With room again the log goes on.
     """
     monkeypatch.setenv("TMPDIR", str(temporary := tmp_path / "temporary"))
     temporary.mkdir()
@@ -65,6 +73,7 @@ def test_a_disk_that_fills_up_stops_no_answer(tmp_path: Path, monkeypatch: pytes
         ask_in_every_way(server, "there is none")
         assert httpx.get(f"{server.url}/readyz").status_code == 200
         assert (log.stat().st_size, os.listdir(temporary)) == (size, files)
+        assert num_lost_lines(server) >= 7
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
         ask_in_every_way(server, "there is again")
         eventually(lambda: log.read_text()[size:].count(" /score 200 ") == 5, "the log goes on")
@@ -75,6 +84,7 @@ def test_a_log_that_never_takes_a_line_stops_no_answer() -> None:
     """D2. /dev/full takes nothing from the first line on; the end is as clean as ever."""
     with Path("/dev/full").open("w") as full, started(log=full) as server:
         ask_in_every_way(server, "unheard of")
+        assert num_lost_lines(server) >= 7
         assert server.stop() == 0
 
 
@@ -90,3 +100,11 @@ def test_standard_output_that_takes_nothing_is_given_up(caplog: pytest.LogCaptur
     given_up.close()
     with contextlib.suppress(OSError):
         full.close()
+
+
+def test_a_refusal_that_nobody_hears_keeps_its_exit_code() -> None:
+    """D2. A supervisor tells a wrong model from a crash by it."""
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "app.cli", "serve", "--model", "./nowhere"]
+        run = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=full, env=environment(), check=False)
+    assert run.returncode == StartRefused.exit_code
