@@ -105,11 +105,11 @@ class Envelope:
         except ClientDisconnect:
             exchange.status = CLIENT_GONE
             return
-        except asyncio.CancelledError:  # by the server alone, at the end of its time
+        except asyncio.CancelledError:  # by the server alone, at the end of its time; raised again it would be logged as a fault of ours
             exchange.status = CLIENT_GONE
-            if not exchange.started:
-                await refuse(Draining("the server stopped before this request was done", retry_after_s=5), exchange)(scope, receive, send)
-            raise
+            if exchange.started:
+                raise
+            answer = refuse(Draining("the server stopped before this request was done", retry_after_s=5), exchange)
         except Exception:
             if exchange.started:
                 raise

@@ -159,8 +159,7 @@ async def test_room_comes_back_from_a_request_that_is_cancelled() -> None:
         await until(lambda: served.metric("reward_queue_tokens") > 0)
         assert held(served) == len(BODY)
         task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await task
         scorer.gate.set()
         assert held(served) == 0
 
