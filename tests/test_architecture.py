@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,17 @@ TABLE = (
         "api",
     ),
     ("connections", "draining", "main", "proof", "serving"),
+    (
+        "client.errors",
+        "client.pictures",
+        "client.answers",
+        "client.requests",
+        "client.calls",
+        "client.results",
+        "client.blocking",
+        "client.concurrent",
+        "client",
+    ),
     BENCH,
     ("converting", "remote", "cli"),
 )
@@ -196,6 +208,14 @@ def test_training_takes_only_the_shared_code_path(module: Module) -> None:
     taken = {name for name in imports(module) if name.partition(".")[0] == "app"}
     assert taken <= TRAINING_MAY_IMPORT
     assert "tests" not in {name.partition(".")[0] for name in imports(module)}
+
+
+@each([module for module in APP if module.name.startswith("app.client")])
+def test_the_client_knows_nothing_of_the_server(module: Module) -> None:
+    """It runs in trainers' environments: of ours only itself, of others httpx and tenacity."""
+    others = {name.partition(".")[0] for name in imports(module)} - set(sys.stdlib_module_names)
+    assert others <= {"app", "httpx", "tenacity"}
+    assert all(name.startswith("app.client") for name in imports(module) if name.partition(".")[0] == "app")
 
 
 @each([module for module in APP if module.name not in MAY_LOAD_HEAVY])
