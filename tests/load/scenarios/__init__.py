@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.load.scenario import Scenario
 from tests.load.scenarios.burst import BURST
+from tests.load.scenarios.clients import CLIENTS
 from tests.load.scenarios.draining import DRAINING
 from tests.load.scenarios.faults import FAULTS
 from tests.load.scenarios.fuzzing import FUZZING
@@ -16,4 +17,4 @@ from tests.load.scenarios.rolling import ROLLING
 from tests.load.scenarios.slow import SLOW
 from tests.load.scenarios.soak import SOAK
 
-ALL: tuple[Scenario, ...] = (MIXUPS, OVERLOAD, DRAINING, ROLLING, KILLING, LEAVING, SLOW, KEEPING, FUZZING, SOAK, FAULTS, BURST)
+ALL: tuple[Scenario, ...] = (MIXUPS, OVERLOAD, DRAINING, ROLLING, KILLING, LEAVING, SLOW, KEEPING, FUZZING, SOAK, FAULTS, BURST, CLIENTS)
