@@ -112,7 +112,7 @@ def forget_pages(address: int, num_bytes: int) -> bool:
 def give_back() -> bool:
     """Free memory that the allocator keeps in whole pages goes back to the system (malloc_trim(3)); False where it has no such call.
 
-    What a heap is used for stays the same over hours of requests; the gaps between grow, by a mebibyte an hour.
+    What a server uses of its heap stays the same over requests without end; the gaps between slowly become more.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     return trim is not None and bool(trim(ctypes.c_size_t(0)))

@@ -244,12 +244,11 @@ class ScoringService:
                 image, bound = self._image(request, reservation)
             with _measured(self._metrics, timing, "encode"):
                 group, errors = self._encoder.encode(Group(request.captions, request.prompt, image))
-                found, places = _distinct(group) if group else (None, ())
-                pieces = self._split(replace(found, fresh=request.fresh)) if found else ()
+                distinct, places, num_repeated = _distinct(group) if group else (None, (), 0)
+                pieces = self._split(replace(distinct, fresh=request.fresh)) if distinct else ()
             reservation.settle(bound, sum(piece.num_tokens for piece in pieces))
             explanation = self._encoder.explain([group]) if explain and group else None
-            repeated = sum(map(len, group.rows)) - sum(map(len, found.rows)) if group and found else 0
-            return _Prepared(pieces, places, repeated, tuple(errors), image.image_id if image else None, explanation)
+            return _Prepared(pieces, places, num_repeated, tuple(errors), image.image_id if image else None, explanation)
 
     def _check_prompt(self, prompt: str | None) -> None:
         if prompt is not None and self._config.prompt_policy == "fixed" and prompt != self._config.default_prompt:
@@ -328,14 +327,18 @@ def _status(error: BaseException) -> int:
     return error.status if isinstance(error, ApiError) else ApiError.status
 
 
-def _distinct(group: EncodedGroup) -> tuple[EncodedGroup, tuple[int, ...]]:
-    """The group with each of its rows once, and where in it each row is: equal captions have one score, in whatever pieces it is cut."""
+def _distinct(group: EncodedGroup) -> tuple[EncodedGroup, tuple[int, ...], int]:
+    """The group with each of its rows once, where in it each row is, and how many tokens are left out.
+
+    Equal captions have one score, in whatever pieces the group is cut.
+    """
     firsts: dict[bytes, int] = {}  # of each row that differs, where it comes first
     same_as = [firsts.setdefault(row.tobytes(), index) for index, row in enumerate(group.rows)]
     kept = list(firsts.values())
     place_of = {index: place for place, index in enumerate(kept)}
     rows, own = tuple(group.rows[index] for index in kept), tuple(group.row_prefixes[index] for index in kept if group.row_prefixes)
-    return replace(group, rows=rows, row_prefixes=own), tuple(place_of[index] for index in same_as)
+    places = tuple(place_of[index] for index in same_as)
+    return replace(group, rows=rows, row_prefixes=own), places, sum(map(len, group.rows)) - sum(map(len, rows))
 
 
 def _result(prepared: _Prepared, jobs: Sequence[Job]) -> GroupResult:

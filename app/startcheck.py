@@ -187,11 +187,15 @@ def specials(encoder: Encoder) -> Finding:
     image = encoder.encode_image(_blank()) if encoder.takes_images else None
     group, errors = encoder.encode(Group((_ORDINARY, *texts), None, image))
     spelt = [text for text, error in zip((_ORDINARY, *texts), errors, strict=True) if error is None]
-    counts = [int(np.isin(row, control).sum()) for row in group.rows] if group else []
+    if group is None or spelt[:1] != [_ORDINARY]:
+        return Finding("C12 special", False, "not even an ordinary caption can be encoded")
+    counts = [int(np.isin(row, control).sum()) for row in group.rows]
     taken = [text for text, count in zip(spelt, counts, strict=True) if count != counts[0]]
     if taken:
         return Finding("C12 special", False, f"a caption that spells {taken[0]} gets it as a control token")
-    return Finding("C12 special", True, f"{len(spelt) - 1} captions that spell control tokens are ordinary text")
+    return Finding(
+        "C12 special", True, f"{len(spelt) - 1} of {len(texts)} captions that spell control tokens are ordinary text, none is a token"
+    )
 
 
 def _other_pixels(expected: str | None, group: EncodedGroup) -> bool:

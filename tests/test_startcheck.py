@@ -49,7 +49,7 @@ def test_captions_that_spell_control_tokens_stay_text(artifact: Artifact) -> Non
     encoder = load_encoder(artifact)
     finding = specials(encoder)
     assert finding.passed
-    assert finding.message.startswith(f"{len(encoder.special_tokens)} captions")
+    assert finding.message.startswith("{0} of {0} captions".format(len(encoder.special_tokens)))
     assert len(encoder.special_tokens) >= 3
 
 
@@ -59,3 +59,9 @@ def test_a_tokenizer_that_takes_them_for_control_tokens_is_refused(artifact: Art
     finding = specials(encoder)
     assert not finding.passed
     assert finding.check == "C12 special"
+
+
+def test_where_no_caption_can_be_encoded_nothing_is_shown(artifact: Artifact) -> None:
+    encoder = load_encoder(artifact)
+    encoder._config = encoder.config.model_copy(update={"max_caption_tokens": 0})
+    assert not specials(encoder).passed

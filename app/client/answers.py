@@ -99,7 +99,8 @@ def read_scores(told: Any, num_captions: int, image_id: str | None, *, may_fail:
             raise BadAnswer(f"caption {place} has an error, and it was not to fail alone: {reason}")
         _finite(score, f"score {place}")
     found = tuple(None if score is None else float(score) for score in scores)
-    return GroupScores(found, reasons, image_id, tuple(map(str, told.get("warnings") or ())))
+    warnings = told.get("warnings")
+    return GroupScores(found, reasons, image_id, tuple(map(str, warnings)) if isinstance(warnings, list) else ())
 
 
 def read_groups(told: dict[str, Any], asked: Sequence[tuple[int, str | None]], *, may_fail: bool) -> list[GroupScores]:
@@ -132,21 +133,20 @@ def read_ranking(told: dict[str, Any], captions: Sequence[str], image_id: str | 
         raise BadAnswer("no ranking of this picture's captions")
     if sorted(str(row.get("index")) for row in rows) != sorted(map(str, range(len(captions)))):
         raise BadAnswer(f"a ranking of other captions than the {len(captions)} asked for")
-    ranked = [
-        Ranked(
-            int(row["rank"]),
-            int(row["index"]),
-            str(row["caption"]),
-            _finite(row.get("score"), "a score"),
-            _finite(row.get("win_probability"), "a probability"),
-            row.get("tied") is True,
-        )
-        for row in rows
-    ]
+    ranked = [_ranked(row) for row in rows]
     scores = [each.score for each in ranked]
     if any(each.caption != captions[each.index] for each in ranked) or scores != sorted(scores, reverse=True):
         raise BadAnswer("a ranking that is none of these captions")
     return ranked
+
+
+def _ranked(row: dict[str, Any]) -> Ranked:
+    """Its index was compared already."""
+    rank, probability = _index(row.get("rank")), _finite(row.get("win_probability"), "a probability")
+    if rank is None or not 0 <= probability <= 1:
+        raise BadAnswer("a ranking without ranks, or with a probability that is none")
+    score = _finite(row.get("score"), "a score")
+    return Ranked(rank, int(row["index"]), str(row.get("caption")), score, probability, row.get("tied") is True)
 
 
 def _no_number(name: str) -> float:
@@ -183,7 +183,7 @@ def _text(value: Any) -> str | None:
 
 
 def _index(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -14,13 +14,12 @@ import httpx
 from tenacity import Retrying
 
 from app.client.answers import Again, Comparison, GroupScores, Ranked, read_answer, read_comparison, read_groups, read_ranking
-from app.client.calls import Call, Expected, KnownPictures, base_urls, batches_of, in_order, unknown_again
+from app.client.calls import Call, Expected, KnownPictures, Terms, base_urls, unknown_again
 from app.client.errors import ImageUnknown, Unanswered
 from app.client.pictures import Picture, Source
 from app.client.requests import Group, Limits, OnItemError, Part, Request, parts_of, score_request, single_request
 from app.client.results import joined, only_scores
 
-MARGIN_S = 5.0  # of the transport beyond what the server was told
 BYTES = {"Content-Type": "application/octet-stream"}
 KEEP_S = 60.0  # an idle connection, less than the server keeps it
 
@@ -44,17 +43,14 @@ class RewardClient:
 
         `fingerprint`: the model that must answer; None: the one that answers first, from then on. Raises ValueError.
         """
-        self._urls = base_urls(urls)
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._deadline_s, self._attempt_s = deadline_s, attempt_s
-        self._expected = Expected(fingerprint)
-        self._limits = limits or Limits()
+        self._terms = Terms(base_urls(urls), api_key, deadline_s, attempt_s, limits or Limits())
         self._transport = transport
         self._sleep = sleep
-        self._start()
+        self._start(fingerprint)
 
-    def _start(self) -> None:
-        """What belongs to this process: a forked one must not share connections."""
+    def _start(self, fingerprint: str | None) -> None:
+        """What belongs to this process: a forked one must share no connections, nor locks that a thread it has not may hold."""
+        self._expected = Expected(fingerprint)
         self._pid = os.getpid()
         self._lock = Lock()
         self._sending: dict[tuple[str, str], Future[None]] = {}
@@ -72,9 +68,8 @@ class RewardClient:
 
     def score_groups(self, groups: Sequence[Group], *, on_item_error: OnItemError = "fail") -> list[GroupScores]:
         """Every group's scores, in their order. With "null" a caption that cannot be scored is None and says why. Raises as `score`."""
-        parts = parts_of(groups, self._limits)
         found: list[tuple[Part, GroupScores]] = []
-        for batch in batches_of(parts, self._urls, self._limits):
+        for batch in self._terms.batches(groups):
             told = self._ask(score_request(batch, on_item_error))
             found += zip(batch, read_groups(told, [part.size for part in batch], may_fail=on_item_error == "null"), strict=True)
         return joined(groups, found)
@@ -97,8 +92,8 @@ class RewardClient:
 
     def _ask(self, request: Request) -> dict[str, Any]:
         if self._pid != os.getpid():
-            self._start()
-        call = Call(in_order(self._urls, request.image_id), time.monotonic() + self._deadline_s, self._attempt_s)
+            self._start(self._expected.fingerprint)
+        call = self._terms.call(request)
         try:
             return Retrying(sleep=self._sleep, **call.policy())(self._attempt, call, request)
         except Again as again:
@@ -120,7 +115,7 @@ class RewardClient:
         for picture in request.pictures:
             self._send_once(url, picture, call)
         body = request.as_json(call.left_s, self._expected.fingerprint)
-        told = self._exchange("POST", url + request.route, call.left_s, request.headers, body)
+        told = self._exchange("POST", url + request.route, call, request.headers, body)
         return self._expected.check(told, request)
 
     def _send_once(self, url: str, picture: Picture, call: Call) -> None:
@@ -130,12 +125,14 @@ class RewardClient:
             return
         own: Future[None] = Future()
         with self._lock:
+            if place in self._known:  # sent since it was looked for
+                return
             first = self._sending.setdefault(place, own)
         if first is not own:
             _awaited(first, call.left_s)
             return
         try:
-            self._exchange("PUT", url + "/images", call.left_s, BYTES, picture.data)
+            self._exchange("PUT", url + "/images", call, BYTES, picture.data)
             self._known.add(*place)
         except BaseException as error:
             own.set_exception(error if isinstance(error, Exception) else Again(Unanswered("another thread was interrupted")))
@@ -146,9 +143,9 @@ class RewardClient:
             with self._lock:
                 self._sending.pop(place, None)
 
-    def _exchange(self, method: str, address: str, left_s: float, headers: dict[str, str], content: bytes) -> dict[str, Any]:
+    def _exchange(self, method: str, address: str, call: Call, headers: dict[str, str], content: bytes) -> dict[str, Any]:
         try:
-            answer = self._http.request(method, address, headers=self._headers | headers, timeout=left_s + MARGIN_S, content=content)
+            answer = self._http.request(method, address, headers=self._terms.headers | headers, timeout=call.timeout, content=content)
         except httpx.TransportError as error:
             raise Again(Unanswered(f"{address}: {type(error).__name__} {error}")) from None
         return read_answer(answer.status_code, answer.content, answer.headers.get("retry-after"))

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
+import httpx
 from tenacity import RetryCallState, retry_if_exception_type
 
 from app.client.answers import Again, check_request
 from app.client.errors import ImageUnknown, ModelChanged, Unanswered
-from app.client.requests import Limits, Part, Request
+from app.client.requests import Group, Limits, Part, Request, parts_of
 
+MARGIN_S = 5.0  # of the transport beyond what the server was told
+_CONNECT_S = 5.0  # to a server that is there it takes far less, and there may be another one to ask
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 10.0
 _JITTER = (0.5, 1.0)  # of a wait of our own: those who failed together must not come back together
 _MAX_KNOWN = 100_000  # pictures of a server that are remembered as sent
@@ -43,6 +46,28 @@ def batches_of(parts: Sequence[Part], urls: Sequence[str], limits: Limits) -> li
     return [*full, *filling.values()]
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a client was told, the same for all its calls."""
+
+    urls: tuple[str, ...]
+    api_key: str | None
+    deadline_s: float
+    attempt_s: float
+    limits: Limits
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+    def batches(self, groups: Sequence[Group]) -> list[list[Part]]:
+        """What goes into one request each. Raises as `parts_of`."""
+        return batches_of(parts_of(groups, self.limits), self.urls, self.limits)
+
+    def call(self, request: Request) -> Call:
+        return Call(in_order(self.urls, request.image_id), time.monotonic() + self.deadline_s, self.attempt_s)
+
+
 @dataclass(slots=True)
 class Call:
     """The attempts of one call. `deadline`: by `clock`, in seconds."""
@@ -62,6 +87,11 @@ class Call:
     def left_s(self) -> float:
         """For this attempt."""
         return max(0.001, min(self.attempt_s, self.deadline - self.clock()))
+
+    @property
+    def timeout(self) -> httpx.Timeout:
+        """Of the transport. The server is told less, so that its own answer comes first."""
+        return httpx.Timeout(self.left_s + MARGIN_S, connect=min(_CONNECT_S, self.left_s))
 
     def policy(self) -> dict[str, Any]:
         """For tenacity."""

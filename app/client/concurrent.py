@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -15,8 +14,8 @@ import httpx
 from tenacity import AsyncRetrying
 
 from app.client.answers import Again, Comparison, GroupScores, Ranked, read_answer, read_comparison, read_groups, read_ranking
-from app.client.blocking import BYTES, KEEP_S, MARGIN_S
-from app.client.calls import Call, Expected, KnownPictures, base_urls, batches_of, in_order, unknown_again
+from app.client.blocking import BYTES, KEEP_S
+from app.client.calls import Call, Expected, KnownPictures, Terms, base_urls, unknown_again
 from app.client.errors import ImageUnknown, Unanswered
 from app.client.pictures import Picture, Source
 from app.client.requests import Group, Limits, OnItemError, Part, Request, parts_of, score_request, single_request
@@ -52,25 +51,22 @@ class AsyncRewardClient:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """As `RewardClient`; `num_requests`: at once from one event loop, the others wait within their deadline. Raises ValueError."""
-        self._urls = base_urls(urls)
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._deadline_s, self._attempt_s = deadline_s, attempt_s
-        self._expected = Expected(fingerprint)
-        self._limits = limits or Limits()
+        self._terms = Terms(base_urls(urls), api_key, deadline_s, attempt_s, limits or Limits())
         self._num_requests = num_requests
         self._transport = transport
         self._sleep = sleep
-        self._start()
+        self._start(fingerprint)
 
-    def _start(self) -> None:
-        """What belongs to this process: a forked one must not share connections."""
+    def _start(self, fingerprint: str | None) -> None:
+        """As of `RewardClient`."""
+        self._expected = Expected(fingerprint)
         self._pid = os.getpid()
         self._known = KnownPictures()
         self._locals: WeakKeyDictionary[asyncio.AbstractEventLoop, _Local] = WeakKeyDictionary()
 
     def _local(self) -> _Local:
         if self._pid != os.getpid():
-            self._start()
+            self._start(self._expected.fingerprint)
         loop = asyncio.get_running_loop()
         found = self._locals.get(loop)
         if found is None:
@@ -90,8 +86,7 @@ class AsyncRewardClient:
 
     async def score_groups(self, groups: Sequence[Group], *, on_item_error: OnItemError = "fail") -> list[GroupScores]:
         """Every group's scores, in their order, all requests at once. Options and errors as of `RewardClient.score_groups`."""
-        batches = batches_of(parts_of(groups, self._limits), self._urls, self._limits)
-        running = [asyncio.ensure_future(self._scored(batch, on_item_error)) for batch in batches]
+        running = [asyncio.ensure_future(self._scored(batch, on_item_error)) for batch in self._terms.batches(groups)]
         try:
             return joined(groups, [pair for pairs in await asyncio.gather(*running) for pair in pairs])
         finally:
@@ -117,14 +112,14 @@ class AsyncRewardClient:
 
     async def _ask(self, request: Request) -> dict[str, Any]:
         local = self._local()
-        call = Call(in_order(self._urls, request.image_id), time.monotonic() + self._deadline_s, self._attempt_s)
+        call = self._terms.call(request)
         try:
-            async with asyncio.timeout(self._deadline_s), local.room:
+            async with asyncio.timeout(self._terms.deadline_s), local.room:
                 return await AsyncRetrying(sleep=self._sleep, **call.policy())(self._attempt, local, call, request)
         except Again as again:
             raise call.unanswered(again) from again.why
         except TimeoutError:
-            raise Unanswered(f"no scores within {self._deadline_s:g} s, in attempt {call.number + 1}") from None
+            raise Unanswered(f"no scores within {self._terms.deadline_s:g} s, in attempt {call.number + 1}") from None
 
     async def _attempt(self, local: _Local, call: Call, request: Request) -> dict[str, Any]:
         url = call.next_url()
@@ -142,7 +137,7 @@ class AsyncRewardClient:
         for picture in request.pictures:
             await self._send_once(local, url, picture, call)
         body = request.as_json(call.left_s, self._expected.fingerprint)
-        told = await self._exchange(local, "POST", url + request.route, call.left_s, request.headers, body)
+        told = await self._exchange(local, "POST", url + request.route, call, request.headers, body)
         return self._expected.check(told, request)
 
     async def _send_once(self, local: _Local, url: str, picture: Picture, call: Call) -> None:
@@ -151,22 +146,22 @@ class AsyncRewardClient:
         if picture.data is None or place in self._known:
             return
         if place not in local.sending:
-            task = local.sending[place] = asyncio.create_task(self._send(local, place, picture.data, call.left_s))
+            task = local.sending[place] = asyncio.create_task(self._send(local, place, picture.data, call))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, also if nobody waits any more
         await asyncio.shield(local.sending[place])
 
-    async def _send(self, local: _Local, place: tuple[str, str], data: bytes, left_s: float) -> None:
+    async def _send(self, local: _Local, place: tuple[str, str], data: bytes, call: Call) -> None:
         try:
-            await self._exchange(local, "PUT", place[0] + "/images", left_s, BYTES, data)
+            await self._exchange(local, "PUT", place[0] + "/images", call, BYTES, data)
             self._known.add(*place)
         finally:
             del local.sending[place]
 
     async def _exchange(
-        self, local: _Local, method: str, address: str, left_s: float, headers: dict[str, str], content: bytes
+        self, local: _Local, method: str, address: str, call: Call, headers: dict[str, str], content: bytes
     ) -> dict[str, Any]:
         try:
-            answer = await local.http.request(method, address, headers=self._headers | headers, timeout=left_s + MARGIN_S, content=content)
+            answer = await local.http.request(method, address, headers=self._terms.headers | headers, timeout=call.timeout, content=content)
         except httpx.TransportError as error:
             raise Again(Unanswered(f"{address}: {type(error).__name__} {error}")) from None
         return read_answer(answer.status_code, answer.content, answer.headers.get("retry-after"))

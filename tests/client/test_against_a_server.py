@@ -214,10 +214,11 @@ blocking, loops = RewardClient(url), AsyncRewardClient(url)
 def ask(caption):
     return blocking.score(path, [caption]) + asyncio.run(loops.score(path, [caption]))
 before = ask("before")
-child = os.fork()
-if child == 0:
-    print(ask("child"), flush=True)
-    os._exit(0)
+with blocking._expected._lock, loops._expected._lock:  # held by some thread at that moment, which the child has not
+    child = os.fork()
+    if child == 0:
+        print(ask("child"), flush=True)
+        os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 print(ask("parent"), flush=True)
 """

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
 import pytest
 
-from app.client import Group, ImageUnknown, ModelChanged, Refused, RewardError, Unanswered
-from app.client.calls import in_order
+from app.client import AsyncRewardClient, Group, ImageUnknown, ModelChanged, Refused, RewardClient, RewardError, Unanswered
+from app.client.calls import KnownPictures, in_order
 from tests.client.both import FINGERPRINT, Kind, Script, asking, both, broken, refusing, right
 
 PICTURE = b"a picture"
@@ -173,6 +174,63 @@ def test_one_failure_among_many_requests_is_that_error(kind: Kind) -> None:
     script = Script(right, right, refusing(422, "invalid_request"), right)
     with asking(kind, transport=script) as asked, pytest.raises(RewardError, match="invalid_request"):
         asked.score_groups([Group(bytes([number]), ["a"] * 100) for number in range(20)])
+
+
+@both
+def test_a_server_that_is_not_there_is_noticed_long_before_one_that_computes(kind: Kind) -> None:
+    """A dead host swallows packets; the next server is to be asked soon."""
+    script = Script()
+    with asking(kind, transport=script, attempt_s=60) as asked:
+        asked.score(PICTURE, ["a"])
+    for timeout in (request.extensions["timeout"] for request in script.asked):
+        assert timeout["connect"] <= 5
+        assert 60 <= timeout["read"] <= 65
+    assert 59_000 <= script.posts[0]["timeout_ms"] <= 60_000
+
+
+class Silent(httpx.AsyncBaseTransport):
+    """Takes requests and never answers."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        await asyncio.Event().wait()
+        raise AssertionError("nothing sets it")
+
+
+@pytest.mark.parametrize("num_requests", [1, 32], ids=["waiting for its turn", "waiting for an answer"])
+def test_an_event_loop_waits_no_longer_than_the_deadline(num_requests: int) -> None:
+    async def ask() -> list[BaseException | list[float]]:
+        client = AsyncRewardClient("http://rewards", transport=Silent(), deadline_s=0.1, num_requests=num_requests)
+        return await asyncio.gather(*(client.score(None, [caption]) for caption in "ab"), return_exceptions=True)
+
+    assert [type(each) for each in asyncio.run(ask())] == [Unanswered, Unanswered]
+
+
+class Late(KnownPictures):
+    """Knows every picture, but not at the first look: another thread was just done sending it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_looks = 0
+
+    def __contains__(self, place: tuple[str, str]) -> bool:
+        self.num_looks += 1
+        return self.num_looks > 1
+
+
+def test_a_picture_that_was_sent_since_it_was_looked_for_is_not_sent_again() -> None:
+    script = Script()
+    with RewardClient("http://rewards", transport=script) as client:
+        client._known = Late()
+        assert client.score(PICTURE, ["a"]) == [1.0]
+    assert script.uploads == []
+
+
+def test_the_oldest_pictures_are_forgotten() -> None:
+    known = KnownPictures(max_known=2)
+    for name in "abc":
+        known.add("http://one", name)
+    assert [("http://one", name) in known for name in "abc"] == [False, True, True]
+    assert ("http://two", "c") not in known
 
 
 @both
