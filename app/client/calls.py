@@ -22,12 +22,13 @@ _CONNECT_S = 5.0  # to a server that is there it takes far less, and there may b
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 10.0
 _JITTER = (0.5, 1.0)  # of a wait of our own: those who failed together must not come back together
 _MAX_KNOWN = 100_000  # pictures of a server that are remembered as sent
+_RANDOM = random.SystemRandom()  # not the module's generator, which a training run may have seeded: a retry must not change the run
 
 
 def in_order(urls: Sequence[str], image_id: str | None) -> tuple[str, ...]:
     """The servers, the one that shall have this picture first: the same for every client (rendezvous hashing), spread over pictures."""
     if image_id is None:
-        start = random.randrange(len(urls))  # noqa: S311 (load, not a secret)
+        start = _RANDOM.randrange(len(urls))
         return (*urls[start:], *urls[:start])
     return tuple(sorted(urls, key=lambda url: hashlib.sha256(f"{url} {image_id}".encode()).digest()))
 
@@ -103,7 +104,7 @@ class Call:
         if place:
             return 0.0
         error = state.outcome.exception() if state.outcome else None
-        own: float = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (num_rounds - 1)) * random.uniform(*_JITTER)  # noqa: S311
+        own: float = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (num_rounds - 1)) * _RANDOM.uniform(*_JITTER)
         return max(own, (isinstance(error, Again) and error.wait_s) or 0.0)
 
     def _is_over(self, state: RetryCallState) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any
 
 import httpx
@@ -238,3 +239,13 @@ def test_the_oldest_pictures_are_forgotten() -> None:
 def test_addresses_are_checked(kind: Kind, urls: Any) -> None:
     with pytest.raises(ValueError, match="base URLs"):
         asking(kind, urls).__enter__()
+
+
+@both
+def test_a_retry_leaves_the_generator_of_a_seeded_run_alone(kind: Kind) -> None:
+    """Or a run whose server was restarted would go another way from there on."""
+    before = random.getstate()
+    with asking(kind, URLS, transport=Script(refusing(503), refusing(503), refusing(503), refusing(503), right)) as asked:
+        assert asked.score(None, ["four"]) == [4.0]
+        assert asked.slept
+    assert random.getstate() == before
