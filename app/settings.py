@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from app.errors import SettingsInvalid
 
 PREFIX = "PUNCHLINE_"
+CLIENT_PREFIX = "PUNCHLINE_CLIENT_"  # what trainers' processes are told, who may share a shell or a container with the server
 MIN_KEY_CHARACTERS = 16
 MIN_DISTINCT_CHARACTERS = 6  # of a key; 24 times the same letter is long and no secret
 MAX_PIXELS = 89_478_485  # above it Pillow warns of a bomb
@@ -168,7 +169,8 @@ class Settings(BaseSettings):
 def load_settings(**flags: Any) -> Settings:
     """Settings from flags over environment over defaults. Raises SettingsInvalid naming every fault."""
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    if unknown := sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known):
+    ours = [name for name in os.environ if name.upper().startswith(PREFIX) and not name.upper().startswith(CLIENT_PREFIX)]
+    if unknown := sorted(name for name in ours if name.upper() not in known):
         raise SettingsInvalid(f"unknown setting {', '.join(unknown)}; see `punchline serve --help`")
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})

@@ -73,6 +73,14 @@ def test_every_typo_is_named(environment: Environment) -> None:
     assert "PUNCHLINE_A_TYPO, PUNCHLINE_B_TYPO" in fault()
 
 
+def test_what_clients_are_told_is_not_the_servers(environment: Environment) -> None:
+    environment.set(client_url="http://127.0.0.1:8000", client_anything="1", port="1")
+    assert load_settings().port == 1
+    assert not {name for name in Settings.model_fields if name.startswith("client_")}
+    environment.set(clients_url="1")
+    assert "PUNCHLINE_CLIENTS_URL" in fault()
+
+
 def test_variables_of_others_are_none_of_ours(environment: Environment) -> None:
     os.environ["PUNCH_LINE_PORT"] = os.environ["PORT"] = "1"
     assert load_settings().port == 8000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from app.client.answers import Comparison, GroupScores, Ranked
 from app.client.blocking import RewardClient
 from app.client.concurrent import AsyncRewardClient
-from app.client.errors import BadAnswer, ImageUnknown, ModelChanged, Refused, RewardError, Unanswered
+from app.client.errors import BadAnswer, ImageUnknown, ModelChanged, NoCaption, Refused, RewardError, Unanswered
 from app.client.requests import Group, Limits
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ImageUnknown",
     "Limits",
     "ModelChanged",
+    "NoCaption",
     "Ranked",
     "Refused",
     "RewardClient",

@@ -32,3 +32,7 @@ class BadAnswer(RewardError):
 
 class Unanswered(RewardError):
     """The deadline passed, or would have, before any server gave scores; the last reason is the cause."""
+
+
+class NoCaption(RewardError):
+    """A completion without a caption in it, where the rule for that is to raise."""
