@@ -1,4 +1,4 @@
-"""The settings of a server: the only reader of the environment. A typo, a contradiction or a bad range stops the start."""
+"""The settings of a server: the only reader of its environment. A typo, a contradiction or a bad range stops the start."""
 
 from __future__ import annotations
 
