@@ -31,6 +31,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,3 +291,22 @@ def test_after_a_fork_and_with_nothing_else_loaded(address: str, tmp_path: Path)
     *scores, loaded = run.stdout.splitlines()
     assert sorted(scores) == sorted(str(expected_scores(CARTOON, [name])) for name in ("child", "parent"))
     assert loaded == "[]"
+
+
+def test_a_step_in_which_nothing_is_scored_asks_nobody() -> None:
+    script = Script()
+    for rule, expected in (("none", None), (-5.0, -5.0)):
+        asked = made(AsyncRewardClient("http://any", transport=script), missing=rule)
+        assert called(asked, ["no tag", "<caption>never closed"]) == [expected, expected]
+    assert script.asked == []
+
+
+def test_two_loops_at_the_same_time(address: str) -> None:
+    """One client, a loop in each of four threads."""
+
+    def ask(thread: int) -> list[float | None]:
+        return [called(ready(), [f"{thread} {number}"], image=[CARTOON])[0] for number in range(5)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(ask, range(4)))
+    assert found == [expected_scores(CARTOON, [f"{thread} {number}" for number in range(5)]) for thread in range(4)]
