@@ -108,10 +108,6 @@ def ready() -> Asked:
     return Asked(client_for(told()), caption_reward)
 
 
-def groups_at(server: Wire) -> float:
-    return server.served.metric("reward_requests_total", endpoint="/score", outcome="ok")
-
-
 def of(server: Wire, **options: Any) -> Asked:
     return made(AsyncRewardClient(url_of(server)), **options)
 
@@ -131,13 +127,17 @@ def test_the_command_line_finds_it_by_its_dotted_path(address: str) -> None:
     assert called(ready(), ["a", "b"], image=[decoded(CARTOON)] * 2) == expected_scores(png(decoded(CARTOON)), ["a", "b"])
 
 
-def test_rows_of_a_step_are_one_request_and_come_back_in_order(server: Wire) -> None:
-    """Equal pictures that a data set decoded for each row anew, two prompts of four completions each, mixed in order."""
+def test_rows_of_a_step_are_one_request_and_come_back_in_order() -> None:
+    """Equal pictures that a data set decoded for each row anew, two prompts of four completions each, mixed in order.
+
+    A request is counted once its answer has left, so that the counts are read after the end.
+    """
     pictures = [decoded(data) for data in (CARTOON, OTHER, CARTOON, CARTOON, OTHER, OTHER, CARTOON, OTHER)]
     completions = [f"caption {number}" for number in range(8)]
-    found = called(of(server), completions, image=pictures)
+    with wire() as server:
+        found = called(of(server), completions, image=pictures)
     assert found == [expected_scores(png(image), [text])[0] for image, text in zip(pictures, completions, strict=True)]
-    assert groups_at(server) == 1
+    assert server.served.metric("reward_requests_total", endpoint="/score", outcome="ok") == 1
     assert server.served.metric("reward_requests_total", endpoint="/images", outcome="ok") == 2
 
 
