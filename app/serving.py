@@ -90,6 +90,7 @@ def model_card(runtime: Runtime) -> Card:
         return runtime.last_report
 
     return Card(
+        name=runtime.settings.model,
         fingerprint=runtime.loaded.fingerprint,
         temperature=runtime.artifact.config.calibration.temperature,
         registry=runtime.metrics.registry,

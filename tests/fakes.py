@@ -233,6 +233,7 @@ def _card(settings: Settings, metrics: Metrics, state: FakeState) -> Card:
         return state.report
 
     return Card(
+        name="fake",
         fingerprint=FINGERPRINT,
         temperature=1.0,
         registry=metrics.registry,
