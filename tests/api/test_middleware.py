@@ -157,6 +157,8 @@ async def test_without_the_key_every_route_but_the_probes_is_401(name: str) -> N
 
 async def test_the_table_of_routes_is_the_documented_one(application: Served) -> None:
     ours = {"/", "/score", "/compare", "/rank", "/images", "/livez", "/readyz", "/info", "/metrics", "/selftest"}
+    ours |= {"/get_reward", "/rm", "/classify", "/v1/embeddings", "/pooling", "/v1/score", "/v1/models", "/predict"}
+    ours |= {"/rerank", "/v1/rerank", "/v2/rerank"}
     assert ours <= set(all_paths(application))
     assert set(all_paths(application)) - ours <= {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
 
