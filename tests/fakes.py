@@ -48,11 +48,12 @@ def oracle_score(group: EncodedGroup, row: Ids) -> float:
 
 @dataclass(slots=True)
 class OracleScorer:
-    """Implements `Scorer`. Keeps the batches it was given; waits for `gate` before each."""
+    """Implements `Scorer`. Keeps the batches it has scored; waits for `gate` before each, when it has begun it."""
 
     answer: Answer = oracle_score
     batches: list[tuple[EncodedGroup, ...]] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
+    num_begun: int = 0
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -61,6 +62,7 @@ class OracleScorer:
         return tuple(groups)
 
     def score(self, prepared: tuple[EncodedGroup, ...]) -> list[Scores]:
+        self.num_begun += 1
         self.gate.wait(30)
         self.batches.append(prepared)
         return [self._scores(group) for group in prepared]
