@@ -110,6 +110,7 @@ def describe(runtime: Runtime) -> dict[str, Any]:
         "model": {
             "name": runtime.settings.model,
             "fingerprint": runtime.loaded.fingerprint,
+            "takes_images": runtime.loaded.model.takes_images,
             **config.model_dump(mode="json", exclude={"files"}),
             "assumed": list(runtime.artifact.assumed),
         },

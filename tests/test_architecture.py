@@ -70,6 +70,7 @@ TABLE = (
         "api.leaving",
         "api.middleware",
         "api.requests",
+        "api.pages",
         "api.routes",
         "api.dialects",
         "api.dialects.asked",

@@ -18,6 +18,7 @@ from app.api.card import Card
 from app.api.dialects.routes import DialectRoutes
 from app.api.dialects.table import DIALECTS, PATHS
 from app.api.middleware import COUNTED_ROUTES, PUBLIC_PATHS, Envelope, exchange_of, refuse
+from app.api.pages import read_pages
 from app.api.routes import ERRORS, Routes
 from app.api.schemas import CompareRequest, RankRequest, ScoreRequest, json_schema
 from app.errors import ApiError, MethodNotAllowed, NotFound, RequestError
@@ -35,6 +36,8 @@ def create_app(service: ScoringService, settings: Settings, card: Card, metrics:
         redirect_slashes=False,
         lifespan=_with_schema,
     )
+    pages = [page.route() for page in read_pages()]
+    app.router.routes.extend(pages)
     routers = [Routes(service, settings, card).router(), DialectRoutes(service, settings, card, ERRORS).router()]
     paths = frozenset(route.path for part in (app.router, *routers) for route in part.routes if isinstance(route, Route))
     for router in routers:
@@ -48,7 +51,7 @@ def create_app(service: ScoringService, settings: Settings, card: Card, metrics:
         is_draining=card.is_draining,
         room=BodyRoom(settings.max_pending_body_bytes, metrics),
         counted=COUNTED_ROUTES | PATHS,
-        public_paths=PUBLIC_PATHS | ({"/metrics"} if settings.public_metrics else set()),
+        public_paths=PUBLIC_PATHS.union((page.path for page in pages), {"/metrics"} if settings.public_metrics else set()),
     )
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from app.api.answers import JsonAnswer
 from app.api.card import Card
@@ -154,7 +154,6 @@ class Routes:
         )
         state["responses"] = {401: _JSON_ERROR}  # a model would be documented as of the answer's own type
         router.add_api_route("/metrics", self.metrics, summary="Prometheus metrics", response_class=_MetricsText, **state)
-        router.add_api_route("/", self.index, include_in_schema=False)
         return router
 
     async def score(self, request: Request) -> Response:
@@ -251,10 +250,6 @@ class Routes:
     async def metrics(self) -> Response:
         """Prometheus' text format."""
         return _MetricsText(generate_latest(self._card.registry))
-
-    async def index(self) -> Response:
-        """To the interactive API page."""
-        return RedirectResponse("/docs")
 
     @contextmanager
     def _checks(self, asked: Options, num_captions: int) -> Iterator[float]:
