@@ -172,8 +172,13 @@ async function choose(picture, suggested = []) {
 
 /** Its captions, where nobody typed others; else they are offered. */
 function suggest() {
-  if (state.suggested.length && rows.untouched) rows.fill(state.suggested);
-  byId("suggest").hidden = state.suggested.length === 0 || state.suggested.every((text) => rows.areas.some((area) => area.value === text));
+  if (rows.untouched) rows.fill(state.suggested);
+  offerSuggestions();
+}
+
+function offerSuggestions() {
+  const present = rows.areas.map((area) => area.value);
+  byId("suggest").hidden = mode() !== "rank" || state.suggested.every((text) => present.includes(text));
 }
 
 /** To the server, so that a picture it cannot read is known before captions are typed. */
@@ -241,7 +246,7 @@ async function copiedByClipboard(text) {
 
 function copiedBySelection(text) {
   const focused = document.activeElement;
-  const area = el("textarea", { value: text, className: "sr", readOnly: true });
+  const area = el("textarea", { value: text, className: "sr", readOnly: true, style: { whiteSpace: "pre" } }); // else spaces are lost
   document.body.append(area);
   area.select();
   const done = document.execCommand("copy");
@@ -263,7 +268,8 @@ function changeMode() {
   const ranks = mode() === "rank";
   byId("rank-fields").hidden = !ranks;
   byId("pair-fields").hidden = ranks;
-  byId("enter-note").hidden = !ranks;
+  byId("enter-note").hidden = byId("add").hidden = !ranks;
+  offerSuggestions();
   if (!ranks && pair.empty) pair.fill(rows.filled.slice(0, 2).map((area) => area.value));
   pair.areas.forEach(fit);
   clearFaults();
@@ -273,7 +279,7 @@ function changeMode() {
 byId("asking").addEventListener("submit", (event) => (event.preventDefault(), ask()));
 byId("key-form").addEventListener("submit", useKey);
 byId("add").addEventListener("click", () => rows.add().focus());
-byId("suggest").addEventListener("click", () => (rows.append(state.suggested), suggest()));
+byId("suggest").addEventListener("click", () => (rows.append(state.suggested), offerSuggestions()));
 byId("prompt").addEventListener("input", () => (fit(byId("prompt")), changed(byId("prompt"))));
 byId("file").addEventListener("change", () => chooseFile(byId("file").files));
 byId("copy").addEventListener("click", copyCurl);

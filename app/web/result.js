@@ -22,7 +22,7 @@ export function showRanking(answer) {
   const { ranking } = answer;
   const best = ranking.filter((place) => place.rank === 1);
   const lead = best.length > 1 ? `${best.length} share the first place: ` : ranking.length > 1 ? `Best of ${ranking.length}: ` : "Scored: ";
-  byId("verdict").replaceChildren(lead, el("q", {}, written(best[0].caption)));
+  byId("verdict").replaceChildren(lead, el("strong", {}, "“", written(best[0].caption), "”"));
   const heads = [el("span", { className: "sr" }, "Rank"), "Caption", "Score", "Against the best"];
   const table = el("table", { className: "ranking", role: "table" }, el("caption", { className: "sr" }, "Captions, best first"));
   table.append(
@@ -34,7 +34,7 @@ export function showRanking(answer) {
 
 /** Roles are spelt out because a narrow screen lays the rows out as grids, by which browsers forget that they are rows. */
 function placeRow(place) {
-  const rank = place.tied ? [String(place.rank), el("small", {}, " tie")] : [String(place.rank)];
+  const rank = place.tied ? [`=${place.rank}`, el("span", { className: "sr" }, " tied")] : [String(place.rank)];
   return el(
     "tr",
     { className: place.rank === 1 ? "best" : "", role: "row", dataset: { index: place.index } },

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import urljoin
 
 import pytest
@@ -15,6 +17,7 @@ from tests.fakes import FINGERPRINT, Served, serving
 pytestmark = pytest.mark.anyio
 
 PAGES = {page.path: page for page in read_pages()}
+ROOT = Path(__file__).parents[2]
 KEY = "correct-horse-battery-staple"
 CONFINED = {
     "default-src": "'none'",
@@ -148,6 +151,12 @@ async def test_pages_are_counted_under_their_own_names(application: Served) -> N
     await application.client.get("/web/playground.js")
     labels = {"http_request_method": "GET", "http_route": "/web/playground.js", "http_response_status_code": "200"}
     assert application.metric("http_server_request_duration_seconds_count", **labels) == 1
+
+
+def test_the_package_holds_every_page() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["app"]
+    packed = {file for pattern in patterns for file in (ROOT / "app").glob(pattern)}
+    assert packed >= {*WEB.iterdir(), *CARTOONS.iterdir()}
 
 
 def test_the_page_runs_under_its_own_policy() -> None:
