@@ -196,7 +196,7 @@ async def serving(
         async with batcher:
             encoder = encoder or FakeEncoder(takes_images=takes_images)
             service = service_of(settings, metrics, encoder, batcher, admission, pool)
-            app = create_app(service, settings, _card(settings, metrics, state), metrics)
+            app = create_app(service, settings, _card(settings, metrics, state, encoder), metrics)
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://punchline", headers=headers) as client:
                 yield Served(app, client, scorer, metrics, settings, state, batcher)
@@ -230,7 +230,7 @@ def _limits(settings: Settings) -> ImageLimits:
     )
 
 
-def _card(settings: Settings, metrics: Metrics, state: FakeState) -> Card:
+def _card(settings: Settings, metrics: Metrics, state: FakeState, encoder: FakeEncoder) -> Card:
     async def run_selftest() -> SelfTestReport:
         return state.report
 
@@ -239,7 +239,7 @@ def _card(settings: Settings, metrics: Metrics, state: FakeState) -> Card:
         fingerprint=FINGERPRINT,
         temperature=1.0,
         registry=metrics.registry,
-        describe=lambda: {"model": {"fingerprint": FINGERPRINT}, "settings": settings.redacted()},
+        describe=lambda: {"model": {"fingerprint": FINGERPRINT, "takes_images": encoder.takes_images}, "settings": settings.redacted()},
         is_ready=lambda: state.ready,
         is_alive=lambda: state.alive,
         is_draining=lambda: state.draining,
