@@ -113,6 +113,7 @@ let afterKey = null;
 function askForKey(retry) {
   afterKey = retry;
   byId("key-form").hidden = false;
+  byId("docs").hidden = byId("info").hidden = true; // a link carries no key
   if (server.hasKey) showFault(new Fault({ code: "unauthorized", message: "the server does not know this one", field: "key" }, 401));
   byId("key").focus();
 }
@@ -144,7 +145,7 @@ async function loadCard() {
   }
 }
 
-function showCard({ model, runtime, settings }) {
+function showCard({ model, runtime }) {
   byId("model-name").textContent = model.name ?? "";
   byId("model-runs").textContent = [runtime?.device, runtime?.dtype].filter(Boolean).join(", ");
   byId("fingerprint-short").textContent = model.fingerprint.slice(0, 12);
@@ -152,7 +153,6 @@ function showCard({ model, runtime, settings }) {
   byId("picture").hidden = !takesImages();
   byId("prompt-box").hidden = model.prompt_policy === "fixed";
   byId("prompt-note").textContent = model.default_prompt ? `Empty: the model’s own, “${model.default_prompt}”` : "Empty: the model’s own.";
-  byId("docs").hidden = byId("info").hidden = settings?.api_key != null; // a link carries no key
   byId("model").hidden = false;
 }
 
@@ -282,6 +282,7 @@ byId("add").addEventListener("click", () => rows.add().focus());
 byId("suggest").addEventListener("click", () => (rows.append(state.suggested), offerSuggestions()));
 byId("prompt").addEventListener("input", () => (fit(byId("prompt")), changed(byId("prompt"))));
 byId("file").addEventListener("change", () => chooseFile(byId("file").files));
+byId("preview").addEventListener("error", () => (byId("preview").hidden = true)); // the server says why
 byId("copy").addEventListener("click", copyCurl);
 byId("fingerprint").addEventListener("click", () => copy(state.card.model.fingerprint, "The fingerprint was"));
 for (const radio of document.querySelectorAll("input[name=mode]")) radio.addEventListener("change", changeMode);
@@ -295,14 +296,17 @@ document.addEventListener("paste", (event) => {
   const files = [...(event.clipboardData?.files ?? [])].filter((file) => file.type.startsWith("image/"));
   if (files.length) (event.preventDefault(), chooseFile(files));
 });
-const bringsFiles = (event) => event.dataTransfer?.types.includes("Files");
-document.addEventListener("dragover", (event) => bringsFiles(event) && (event.preventDefault(), byId("drop").classList.add("over")));
+/** Text may be dropped into a field; anything else would make the browser leave this page. */
+const isOurs = (event) => event.dataTransfer?.types.includes("Files") || !event.target.closest?.("textarea, input[type=password]");
+
+document.addEventListener("dragover", (event) => isOurs(event) && (event.preventDefault(), byId("drop").classList.add("over")));
 document.addEventListener("dragleave", (event) => event.relatedTarget ?? byId("drop").classList.remove("over"));
 document.addEventListener("drop", (event) => {
-  if (!bringsFiles(event)) return; // text dropped into a field
-  event.preventDefault();
   byId("drop").classList.remove("over");
-  chooseFile(event.dataTransfer.files);
+  if (!isOurs(event)) return;
+  event.preventDefault();
+  if (event.dataTransfer.files.length) chooseFile(event.dataTransfer.files);
+  else showFault(new Fault({ code: null, message: "that was no file; save the picture first, then drop it here", field: "image" }));
 });
 
 loadCard();

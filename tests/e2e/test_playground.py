@@ -275,6 +275,7 @@ def test_a_key_is_asked_for_tried_and_never_written(browser: Browser) -> None:
         key.press("Enter")
         visit.page.locator("#model").wait_for()
         assert not key.is_visible()
+        assert visit.page.get_by_role("link", name="Model card").count() == 0
         give(visit, "drop")
         visit.type(*CAPTIONS)
         assert shown(visit) == ranked(PICTURE, CAPTIONS)
@@ -304,10 +305,24 @@ def test_a_file_that_is_no_picture_is_said_so(visit: Visit) -> None:
     assert "The cartoon: The image could not be read. PNG, JPEG and WebP pictures work." in visit.fault()
     assert "image_decode_failed" in visit.fault()
     assert described_fault(visit, "#file").startswith("The image could not be read")
+    assert not visit.page.locator("#preview").is_visible()
     give(visit, "drop")
     visit.type("Nice day.")
     assert shown(visit) == ranked(PICTURE, ["Nice day."])
     assert visit.page.locator("[aria-invalid]").count() == 0
+
+
+def test_a_link_dropped_here_does_not_lead_away(visit: Visit) -> None:
+    visit.type("Nice day.")
+    visit.page.evaluate(
+        """() => {
+          const dataTransfer = new DataTransfer();
+          dataTransfer.setData("text/uri-list", "http://127.0.0.1:9/cartoon.png");
+          document.body.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
+        }"""
+    )
+    assert visit.fault() == "The cartoon: That was no file; save the picture first, then drop it here."
+    assert visit.field("Caption 1").input_value() == "Nice day."
 
 
 def test_a_picture_too_large_is_not_even_sent(browser: Browser) -> None:
