@@ -154,7 +154,7 @@ def _announce(runtime: Runtime, listener: socket.socket) -> None:
     for warning in warnings(runtime.settings):
         log.warning("%s", warning)
     head = f"Punchline {__version__} serves {runtime.settings.model} on {address}  ({runtime.loaded.fingerprint[:12]})"
-    tell(f"\n{head}\n\nTry it:\n{_try_line(runtime, address)}\n")
+    tell(f"\n{head}\n\nOpen {address}/ in a browser, or try it here:\n{_try_line(runtime, address)}\n")
 
 
 def tell(text: str) -> None:
