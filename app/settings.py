@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and logs it.")
     api_key: SecretStr | None = Field(
         None,
-        description="Key every route asks for, as `Authorization: Bearer`, but the probes and the playground's files; commas separate several.",
+        description="Key every route but the probes and the playground asks for, as `Authorization: Bearer`; commas separate several.",
     )
     public_metrics: bool = Field(False, description="Answer /metrics without a key.")
     require_auth: bool = Field(False, description="Refuse to start without a key.")
