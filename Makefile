@@ -1,5 +1,5 @@
 # Two commands matter: `make serve` and `make test`. Both make the same environment first; the second run installs nothing.
-.PHONY: serve test check format demo-model clean
+.PHONY: serve test e2e check format demo-model clean
 .DEFAULT_GOAL := serve
 
 VENV ?= .venv
@@ -18,6 +18,10 @@ serve: $(VENV)/.installed  ## serve the demo model, or whatever PUNCHLINE_MODEL 
 
 test: check  ## format, lint, types, tests
 	$(BIN)/python -m pytest $(ARGS)
+
+e2e: $(VENV)/.installed  ## what the tests marked e2e want; `make test` skips them without it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[e2e]'
+	@command -v chromium || { apt-get update -qq && apt-get install -qq --no-install-recommends chromium; } || echo "no Chromium: the page is not tested"
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -255,6 +255,7 @@ class Unavailable(ApiError):
 
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message, headers={"Retry-After": str(retry_after_s)})
+        self.retry_after_s = retry_after_s
 
 
 class Overloaded(Unavailable):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,17 @@ from app.admission import Admission, Reservation
 from app.batching import Batcher
 from app.caches import Audit, ByteBoundedCache
 from app.contracts import EncodedGroup, EncodedImage, Explanation, Group, GroupEncoder, Job
-from app.errors import ApiError, DeadlineExceeded, ImageUnknown, InvalidRequest, ItemRejected, RequestError, TooManyTokens, Unavailable
+from app.errors import (
+    ApiError,
+    DeadlineExceeded,
+    ImageUnknown,
+    InvalidRequest,
+    ItemRejected,
+    Overloaded,
+    RequestError,
+    TooManyTokens,
+    Unavailable,
+)
 from app.images import ImageLimits, decode_image, image_id, probe_image, read_image_field
 from app.metrics import CLIENT_GONE, Metrics, outcome_of
 from app.planning import split_group
@@ -38,6 +48,7 @@ class GroupRequest:
     image: bytes | str | None = None
     prompt: str | None = None
     field: str = ""  # where it stands in the request, "groups[2]"; names the fault in errors
+    caption_fields: tuple[str, ...] = ()  # where each caption stands; empty: in `captions` of the field
     fresh: bool = False  # compute it whatever is cached
 
 
@@ -128,14 +139,20 @@ class ScoringService:
         timing: Timing | None = None,
         counted: bool = True,
         caller: str = "",
+        holds: bool = False,
     ) -> list[GroupResult]:
         """Score every group, in order.
 
         All or nothing by default: the first caption that cannot be scored raises its ItemRejected. With "null" such a caption
         gets None and its error. Raises ApiError; DeadlineExceeded after `timeout_s` seconds. What is not `counted` is nobody's:
         golden captions are in no count of captions and in no distribution of scores. `caller`: whose share of the queue it takes.
+        `holds`: a full queue is waited for until the deadline, for callers that give up after few refusals.
         """
-        work = self._score(requests, timeout_s, on_item_error, explain, timing or Timing(), caller)
+        timing = timing or Timing()
+        if holds:
+            work = self._hold(lambda left_s: self._score(requests, left_s, on_item_error, explain, timing, caller), timeout_s)
+        else:
+            work = self._score(requests, timeout_s, on_item_error, explain, timing, caller)
         if not counted:
             return await work
         with self._receiving(sum(len(request.captions) for request in requests)):
@@ -157,6 +174,17 @@ class ScoringService:
                 jobs = await self._run(prepared, deadline)
         _note_times(jobs, timing)
         return [_result(group, own) for group, own in zip(prepared, jobs, strict=True)]
+
+    async def _hold(self, attempt: Callable[[float], Coroutine[Any, Any, list[GroupResult]]], timeout_s: float) -> list[GroupResult]:
+        """Attempts as long as there is no room; the last refusal is raised when the next would come too late."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return await attempt(max(0.0, deadline - time.monotonic()))
+            except Overloaded as full:
+                if time.monotonic() + full.retry_after_s >= deadline:
+                    raise
+                await asyncio.sleep(full.retry_after_s)
 
     @contextmanager
     def refusing(self, num_captions: int) -> Iterator[None]:
@@ -360,8 +388,10 @@ def _result(prepared: _Prepared, jobs: Sequence[Job]) -> GroupResult:
 def _raise_first(requests: Sequence[GroupRequest], prepared: Sequence[_Prepared]) -> None:
     for request, group in zip(requests, prepared, strict=True):
         for index, error in enumerate(group.errors):
+            if error is not None and request.caption_fields:
+                raise ItemRejected(error.message, code=error.code, field=request.caption_fields[index])
             if error is not None:
-                where = f"{request.field}.captions[{index}]" if request.field else f"captions[{index}]"
+                where = f"{request.field}.captions[{index}]".lstrip(".")
                 raise ItemRejected(error.message, code=error.code, field=where, index=index)
 
 

@@ -90,6 +90,7 @@ def model_card(runtime: Runtime) -> Card:
         return runtime.last_report
 
     return Card(
+        name=runtime.settings.model,
         fingerprint=runtime.loaded.fingerprint,
         temperature=runtime.artifact.config.calibration.temperature,
         registry=runtime.metrics.registry,
@@ -109,6 +110,7 @@ def describe(runtime: Runtime) -> dict[str, Any]:
         "model": {
             "name": runtime.settings.model,
             "fingerprint": runtime.loaded.fingerprint,
+            "takes_images": runtime.loaded.model.takes_images,
             **config.model_dump(mode="json", exclude={"files"}),
             "assumed": list(runtime.artifact.assumed),
         },
@@ -152,7 +154,7 @@ def _announce(runtime: Runtime, listener: socket.socket) -> None:
     for warning in warnings(runtime.settings):
         log.warning("%s", warning)
     head = f"Punchline {__version__} serves {runtime.settings.model} on {address}  ({runtime.loaded.fingerprint[:12]})"
-    tell(f"\n{head}\n\nTry it:\n{_try_line(runtime, address)}\n")
+    tell(f"\n{head}\n\nOpen {address}/ in a browser, or try it here:\n{_try_line(runtime, address)}\n")
 
 
 def tell(text: str) -> None:

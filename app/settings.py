@@ -49,7 +49,8 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and logs it.")
     api_key: SecretStr | None = Field(
-        None, description="Key every route but the probes asks for, as `Authorization: Bearer`; commas separate several."
+        None,
+        description="Key every route but the probes and the playground asks for, as `Authorization: Bearer`; commas separate several.",
     )
     public_metrics: bool = Field(False, description="Answer /metrics without a key.")
     require_auth: bool = Field(False, description="Refuse to start without a key.")

@@ -48,11 +48,12 @@ def oracle_score(group: EncodedGroup, row: Ids) -> float:
 
 @dataclass(slots=True)
 class OracleScorer:
-    """Implements `Scorer`. Keeps the batches it was given; waits for `gate` before each."""
+    """Implements `Scorer`. Keeps the batches it has scored; waits for `gate` before each, when it has begun it."""
 
     answer: Answer = oracle_score
     batches: list[tuple[EncodedGroup, ...]] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
+    num_begun: int = 0
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -61,6 +62,7 @@ class OracleScorer:
         return tuple(groups)
 
     def score(self, prepared: tuple[EncodedGroup, ...]) -> list[Scores]:
+        self.num_begun += 1
         self.gate.wait(30)
         self.batches.append(prepared)
         return [self._scores(group) for group in prepared]
@@ -194,7 +196,7 @@ async def serving(
         async with batcher:
             encoder = encoder or FakeEncoder(takes_images=takes_images)
             service = service_of(settings, metrics, encoder, batcher, admission, pool)
-            app = create_app(service, settings, _card(settings, metrics, state), metrics)
+            app = create_app(service, settings, _card(settings, metrics, state, encoder), metrics)
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://punchline", headers=headers) as client:
                 yield Served(app, client, scorer, metrics, settings, state, batcher)
@@ -228,15 +230,16 @@ def _limits(settings: Settings) -> ImageLimits:
     )
 
 
-def _card(settings: Settings, metrics: Metrics, state: FakeState) -> Card:
+def _card(settings: Settings, metrics: Metrics, state: FakeState, encoder: FakeEncoder) -> Card:
     async def run_selftest() -> SelfTestReport:
         return state.report
 
     return Card(
+        name="fake",
         fingerprint=FINGERPRINT,
         temperature=1.0,
         registry=metrics.registry,
-        describe=lambda: {"model": {"fingerprint": FINGERPRINT}, "settings": settings.redacted()},
+        describe=lambda: {"model": {"fingerprint": FINGERPRINT, "takes_images": encoder.takes_images}, "settings": settings.redacted()},
         is_ready=lambda: state.ready,
         is_alive=lambda: state.alive,
         is_draining=lambda: state.draining,

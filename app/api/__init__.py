@@ -15,8 +15,11 @@ from starlette.routing import Route
 from app import __version__
 from app.api.body_room import BodyRoom
 from app.api.card import Card
-from app.api.middleware import PUBLIC_PATHS, Envelope, exchange_of, refuse
-from app.api.routes import Routes
+from app.api.dialects.routes import DialectRoutes
+from app.api.dialects.table import DIALECTS, PATHS
+from app.api.middleware import COUNTED_ROUTES, PUBLIC_PATHS, Envelope, exchange_of, refuse
+from app.api.pages import read_pages
+from app.api.routes import ERRORS, Routes
 from app.api.schemas import CompareRequest, RankRequest, ScoreRequest, json_schema
 from app.errors import ApiError, MethodNotAllowed, NotFound, RequestError
 from app.metrics import Metrics
@@ -33,9 +36,12 @@ def create_app(service: ScoringService, settings: Settings, card: Card, metrics:
         redirect_slashes=False,
         lifespan=_with_schema,
     )
-    router = Routes(service, settings, card).router()
-    paths = frozenset(route.path for route in (*app.routes, *router.routes) if isinstance(route, Route))
-    app.include_router(router)
+    pages = [page.route() for page in read_pages()]
+    app.router.routes.extend(pages)
+    routers = [Routes(service, settings, card).router(), DialectRoutes(service, settings, card, ERRORS).router()]
+    paths = frozenset(route.path for part in (app.router, *routers) for route in part.routes if isinstance(route, Route))
+    for router in routers:
+        app.include_router(router)
     app.add_middleware(
         Envelope,
         fingerprint=card.fingerprint,
@@ -44,7 +50,8 @@ def create_app(service: ScoringService, settings: Settings, card: Card, metrics:
         paths=paths,
         is_draining=card.is_draining,
         room=BodyRoom(settings.max_pending_body_bytes, metrics),
-        public_paths=PUBLIC_PATHS | ({"/metrics"} if settings.public_metrics else set()),
+        counted=COUNTED_ROUTES | PATHS,
+        public_paths=PUBLIC_PATHS.union((page.path for page in pages), {"/metrics"} if settings.public_metrics else set()),
     )
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -96,6 +103,6 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         schema = FastAPI.openapi(app)
         components = schema.setdefault("components", {}).setdefault("schemas", {})
-        components |= json_schema(ScoreRequest, CompareRequest, RankRequest)
+        components |= json_schema(ScoreRequest, CompareRequest, RankRequest, *(dialect.body for dialect in DIALECTS))
         app.openapi_schema = schema
     return app.openapi_schema

@@ -15,6 +15,7 @@ from app.selftest import SelfTestReport
 class Card:
     """Given to the routes by the composition root; the callables look at the live process."""
 
+    name: str  # as `/v1/models` tells it
     fingerprint: str
     temperature: float
     registry: CollectorRegistry

@@ -52,7 +52,7 @@ class Exchange:
 class Envelope:
     """Wraps the application. A route is closed unless its path is on the public list.
 
-    `paths` are the application's routes: metrics name these and nothing else that a client may ask for.
+    `paths` are the application's routes: metrics name these and nothing else that a client may ask for. The `counted` ones score.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Envelope:
         is_draining: Callable[[], bool],
         room: BodyRoom,
         public_paths: frozenset[str] = PUBLIC_PATHS,
+        counted: frozenset[str] = COUNTED_ROUTES,
         same: Callable[[bytes, bytes], bool] = hmac.compare_digest,
     ) -> None:
         self._app = app
@@ -76,6 +77,7 @@ class Envelope:
         self._is_draining = is_draining
         self._room = room
         self._public_paths = public_paths
+        self._counted = counted
         self._same = same
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,7 +89,7 @@ class Envelope:
         exchange = Exchange(_request_id(headers), Timing(), time.monotonic(), self._room.open(), _announces_body(headers), route)
         scope.setdefault("state", {})["exchange"] = exchange
         with self._metrics.http_active.labels(route).track_inprogress(), exchange.held:
-            if route in COUNTED_ROUTES:
+            if route in self._counted:
                 self._metrics.requests_received.labels(route).inc()
             try:
                 await self._answer(scope, _following(receive, exchange), self._signing(send, exchange), exchange)
@@ -153,7 +155,7 @@ class Envelope:
         self._metrics.http_duration.labels(method, route, str(exchange.status)).observe(seconds)
         if exchange.error_code is not None:
             self._metrics.errors.labels(route, exchange.error_code).inc()
-        if route in COUNTED_ROUTES:
+        if route in self._counted:
             self._metrics.requests.labels(route, outcome_of(exchange.status)).inc()
             log.info(
                 "%s %s %d %s %.1f ms",

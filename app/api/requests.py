@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from app.api.bodies import BodyLimits, Part, media_type, parse_json, parse_multipart, read_body
@@ -25,6 +25,8 @@ from app.service import GroupRequest
 from app.settings import Settings
 
 _Model = TypeVar("_Model", bound=Strict)
+_Body = TypeVar("_Body", bound=BaseModel)
+_Read = TypeVar("_Read")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 _REPEATED = {"caption": "captions"}
 _JSON_ONLY = {"captions", "groups"}
@@ -60,6 +62,33 @@ async def read_request(request: Request, model: type[_Model], settings: Settings
     return await exchange_of(request.scope).held.parse(read)
 
 
+async def read_json(request: Request, model: type[_Body], settings: Settings, read: Callable[[_Body], _Read]) -> _Read:
+    """What `read` makes of a validated JSON body, off the event loop. Raises RequestError."""
+    if media_type(request) != "application/json":
+        raise UnsupportedMediaType("send application/json")
+    body = await _body(request, settings)
+
+    def parse() -> _Read:
+        return read(_validated(model, _object(parse_json(body))))
+
+    return await exchange_of(request.scope).held.parse(parse)
+
+
+def read_options(request: Request, others: Collection[str]) -> tuple[Options, dict[str, str]]:
+    """Options given in the address, for clients that can write nothing else, and the `others` apart. Raises InvalidRequest."""
+    given = request.query_params.multi_items()
+    options: dict[str, Any] = {}
+    params: dict[str, str] = {}
+    for name, value in given:
+        if name in options or name in params:
+            raise InvalidRequest("this parameter may come only once", field=_shown(name), code="duplicate_parameter")
+        if name in others:
+            params[name] = value
+        else:
+            options[name] = _plain_value(name, value)
+    return _validated(Options, options), params
+
+
 async def read_image(request: Request, settings: Settings) -> bytes:
     """The image of `PUT /images`: the raw body, or the part named `image`."""
     body = await _body(request, settings)
@@ -90,15 +119,22 @@ def _part_names(model: type[Strict]) -> set[str]:
 def group_request(group: Any, captions: Sequence[str], image: bytes | None, field: str, settings: Settings) -> GroupRequest:
     """The service's form of one group, its texts within their byte limits."""
     where = f"{field}." if field else ""
-    if group.prompt is not None and len(group.prompt.encode()) > settings.max_prompt_bytes:
-        raise CaptionTooLarge(
-            f"the prompt is larger than {settings.max_prompt_bytes} bytes", field=f"{where}prompt", code="prompt_too_large"
-        )
+    check_prompt_size(group.prompt, f"{where}prompt", settings)
     for index, caption in enumerate(captions):
-        if len(caption.encode()) > settings.max_caption_bytes:
-            message = f"the caption is larger than {settings.max_caption_bytes} bytes"
-            raise CaptionTooLarge(message, field=f"{where}captions[{index}]", index=index)
+        check_caption_size(caption, f"{where}captions[{index}]", settings, index)
     return GroupRequest(tuple(captions), image=group.image if image is None else image, prompt=group.prompt, field=field)
+
+
+def check_prompt_size(prompt: str | None, field: str, settings: Settings) -> None:
+    """Raises CaptionTooLarge (`prompt_too_large`)."""
+    if prompt is not None and len(prompt.encode()) > settings.max_prompt_bytes:
+        raise CaptionTooLarge(f"the prompt is larger than {settings.max_prompt_bytes} bytes", field=field, code="prompt_too_large")
+
+
+def check_caption_size(caption: str, field: str, settings: Settings, index: int | None = None) -> None:
+    """Raises CaptionTooLarge."""
+    if len(caption.encode()) > settings.max_caption_bytes:
+        raise CaptionTooLarge(f"the caption is larger than {settings.max_caption_bytes} bytes", field=field, index=index)
 
 
 def check_fingerprint(options: Options, loaded: str) -> None:
@@ -135,15 +171,15 @@ def _form_data(parts: list[Part], names: Collection[str]) -> tuple[dict[str, Any
         elif part.name == "image" and part.is_file:
             image = bytes(part.data)
         else:
-            data[part.name] = _form_value(part)
+            data[part.name] = _plain_value(part.name, _text(part))
     return data, image
 
 
-def _form_value(part: Part) -> Any:
-    text = _text(part)
-    if part.name in _INTEGERS and text.isascii() and text.isdecimal() and len(text) < 19:
+def _plain_value(name: str, text: str) -> Any:
+    """Of a form or an address, where everything is text."""
+    if name in _INTEGERS and text.isascii() and text.isdecimal() and len(text) < 19:
         return int(text)
-    if part.name in _BOOLEANS and text in ("true", "false"):
+    if name in _BOOLEANS and text in ("true", "false"):
         return text == "true"
     return text
 
@@ -162,9 +198,7 @@ def _shown(name: str) -> str | None:
 
 def _check_counts(data: Any, settings: Settings) -> None:
     """Refuse too many groups or captions before looking at any of them."""
-    if not isinstance(data, dict):
-        raise InvalidRequest("the body must be one JSON object")
-    groups = data.get("groups")
+    groups = _object(data).get("groups")
     groups = groups if isinstance(groups, list) else []
     if len(groups) > settings.max_groups:
         raise TooManyItems(f"at most {settings.max_groups} groups a request", field="groups")
@@ -173,7 +207,13 @@ def _check_counts(data: Any, settings: Settings) -> None:
         raise TooManyItems(f"at most {settings.max_captions} captions a request", field="captions")
 
 
-def _validated(model: type[_Model], data: Any) -> _Model:
+def _object(data: Any) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise InvalidRequest("the body must be one JSON object")
+    return data
+
+
+def _validated(model: type[_Body], data: Any) -> _Body:
     try:
         return model.model_validate(data)
     except ValidationError as error:

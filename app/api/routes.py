@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from app.api.answers import JsonAnswer
 from app.api.card import Card
@@ -42,7 +42,7 @@ from app.preference import compare, rank
 from app.service import GroupRequest, GroupResult, OnItemError, ScoringService
 from app.settings import Settings
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
+ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "The body cannot be read."},
     401: {"model": ErrorAnswer, "description": "A key is needed."},
     404: {"model": ErrorAnswer, "description": "`image_unknown`: send the image's bytes."},
@@ -54,7 +54,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorAnswer, "description": "Overloaded, draining or too late; `Retry-After` says when to come back."},
 }
 _NOT_NOW: dict[int | str, dict[str, Any]] = {503: {"model": ErrorAnswer, "description": "Not so, or not now."}}
-_STATE_ERRORS: dict[int | str, dict[str, Any]] = {401: _ERRORS[401], **_NOT_NOW}
+_STATE_ERRORS: dict[int | str, dict[str, Any]] = {401: ERRORS[401], **_NOT_NOW}
 _JSON_ERROR = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}, "description": "A key is needed."}
 
 
@@ -117,7 +117,7 @@ class Routes:
     def router(self) -> APIRouter:
         """All routes, ready to be included."""
         router = APIRouter(default_response_class=JsonAnswer)
-        scoring: dict[str, Any] = {"methods": ["POST"], "responses": _ERRORS, "tags": ["scoring"]}
+        scoring: dict[str, Any] = {"methods": ["POST"], "responses": ERRORS, "tags": ["scoring"]}
         router.add_api_route(
             "/score", self.score, response_model=ScoreAnswer | GroupsAnswer, openapi_extra=_SCORE_BODY, summary="Score captions", **scoring
         )
@@ -138,7 +138,7 @@ class Routes:
             methods=["PUT"],
             response_model=ImageAnswer,
             openapi_extra=_IMAGE_BODY,
-            responses=_ERRORS,
+            responses=ERRORS,
             tags=["scoring"],
             summary="Send an image once, name it by id afterwards",
         )
@@ -154,7 +154,6 @@ class Routes:
         )
         state["responses"] = {401: _JSON_ERROR}  # a model would be documented as of the answer's own type
         router.add_api_route("/metrics", self.metrics, summary="Prometheus metrics", response_class=_MetricsText, **state)
-        router.add_api_route("/", self.index, include_in_schema=False)
         return router
 
     async def score(self, request: Request) -> Response:
@@ -251,10 +250,6 @@ class Routes:
     async def metrics(self) -> Response:
         """Prometheus' text format."""
         return _MetricsText(generate_latest(self._card.registry))
-
-    async def index(self) -> Response:
-        """To the interactive API page."""
-        return RedirectResponse("/docs")
 
     @contextmanager
     def _checks(self, asked: Options, num_captions: int) -> Iterator[float]:

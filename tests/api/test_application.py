@@ -11,6 +11,7 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from app.api import schemas
+from app.api.dialects.table import PATHS
 from tests.fakes import Served, picture
 
 pytestmark = pytest.mark.anyio
@@ -25,6 +26,8 @@ ROUTES = {
     ("get", "/readyz"),
     ("get", "/info"),
     ("get", "/metrics"),
+    ("get", "/v1/models"),
+    *(("post", path) for path in PATHS),
 }
 
 
@@ -65,14 +68,14 @@ async def test_openapi_refers_only_to_what_it_holds(application: Served) -> None
     assert len(found) > 10
 
 
-@pytest.mark.parametrize("path", ["/score", "/compare", "/rank", "/images"])
+@pytest.mark.parametrize("path", ["/score", "/compare", "/rank", "/images", *sorted(PATHS)])
 async def test_openapi_names_the_faults_of_every_scoring_route(application: Served, path: str) -> None:
     (operation,) = (await document(application))["paths"][path].values()
     assert {"200", "400", "401", "404", "413", "415", "422", "500", "503"} <= set(operation["responses"])
     for status, response in operation["responses"].items():
         schema = response["content"]["application/json"]["schema"]
         assert status == "200" or schema == {"$ref": "#/components/schemas/ErrorAnswer"}
-    assert "multipart/form-data" in operation["requestBody"]["content"]
+    assert "multipart/form-data" in operation["requestBody"]["content"] or path in PATHS
 
 
 async def test_openapi_examples_are_requests_that_are_answered(application: Served) -> None:

@@ -17,6 +17,7 @@ async def _run() -> SelfTestReport:
 async def test_the_card_asks_the_process_every_time() -> None:
     state = {"ready": False, "alive": True}
     card = Card(
+        name="demo",
         fingerprint="f",
         temperature=1.0,
         registry=CollectorRegistry(),

@@ -17,12 +17,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.body_room import BodyRoom
 from app.api.middleware import CLIENT_GONE, PUBLIC_PATHS, Envelope
+from app.api.pages import read_pages
 from app.metrics import Metrics
 from tests.fakes import FINGERPRINT, OracleScorer, Served, picture, serving, until
 
 pytestmark = pytest.mark.anyio
 
 KEY, SECOND = "correct-horse-battery-staple", "another-key-for-the-rotation"
+PAGES = {page.path for page in read_pages()}
 BODY: dict[str, Any] = {"image": base64.b64encode(picture()).decode(), "captions": ["x"]}
 
 
@@ -141,12 +143,12 @@ CREDENTIALS: dict[str, list[tuple[bytes, bytes]]] = {
 
 
 @pytest.mark.parametrize("name", CREDENTIALS)
-async def test_without_the_key_every_route_but_the_probes_is_401(name: str) -> None:
+async def test_without_the_key_every_route_but_the_probes_and_pages_is_401(name: str) -> None:
     async with serving(api_key=f"{KEY},{SECOND}") as served:
         bodies = set()
         for path in [*all_paths(served), "/nothing"]:
             answer = await served.client.get(path, headers=CREDENTIALS[name])
-            if path in PUBLIC_PATHS:
+            if path in PUBLIC_PATHS | PAGES:
                 assert answer.status_code == 200
                 continue
             assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
@@ -156,7 +158,9 @@ async def test_without_the_key_every_route_but_the_probes_is_401(name: str) -> N
 
 
 async def test_the_table_of_routes_is_the_documented_one(application: Served) -> None:
-    ours = {"/", "/score", "/compare", "/rank", "/images", "/livez", "/readyz", "/info", "/metrics", "/selftest"}
+    ours = PAGES | {"/score", "/compare", "/rank", "/images", "/livez", "/readyz", "/info", "/metrics", "/selftest"}
+    ours |= {"/get_reward", "/rm", "/classify", "/v1/embeddings", "/pooling", "/v1/score", "/v1/models", "/predict"}
+    ours |= {"/rerank", "/v1/rerank", "/v2/rerank"}
     assert ours <= set(all_paths(application))
     assert set(all_paths(application)) - ours <= {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
 

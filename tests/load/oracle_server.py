@@ -84,6 +84,7 @@ def _card(settings: Settings, metrics: Metrics, state: FakeState, batcher: Batch
         return state.report
 
     return Card(
+        name="oracle",
         fingerprint=ordered.fingerprint,
         temperature=1.0,
         registry=metrics.registry,

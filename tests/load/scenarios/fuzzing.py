@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from app.api.dialects.table import PATHS
 from tests.load.processes import Oracle, oracle
 from tests.load.scenario import Report, Run, Scenario, settled
 from tests.load.truth import draw
@@ -17,7 +18,7 @@ from tests.load.wire import Pool, post
 
 _HERE = Path(__file__).parent.parent
 _SEED = 20
-_SCORING = ("/score", "/compare", "/rank")
+_SCORING = ("/score", "/compare", "/rank", *sorted(PATHS))
 
 
 async def run(run: Run) -> Report:
@@ -33,8 +34,10 @@ async def run(run: Run) -> Report:
     report.add_zero("failures of schemathesis", sum(each["count"] for each in failures), cases)
     report.add("errors while it ran", len(found["errors"]), not found["errors"])
     report.add("operations it tested", f"{found['operations']['tested']} of {found['operations']['total']}", _is_whole(found))
-    scored = sum(value for name, value in after.items() if _is_scored(name))
-    report.add("of its requests were scored", int(scored), scored > 0)
+    scored = {route: sum(value for name, value in after.items() if _is_scored(name, route)) for route in _SCORING}
+    report.add("of its requests were scored", int(sum(scored.values())), sum(scored.values()) > 0)
+    never = [route for route, value in scored.items() if not value]
+    report.add("scoring routes of which none was", ", ".join(never) or 0, not never)
     codes = {name.split('"')[1] for name, value in after.items() if name.startswith("reward_errors_total") and value}
     report.add("error codes met", len(codes), len(codes) > 5)
     ours = sorted(codes & {"internal_error", "internal_shape", "scoring_failed", "overloaded", "device_fault", "not_ready", "draining"})
@@ -77,8 +80,8 @@ def _is_whole(found: dict[str, Any]) -> bool:
     return bool(found["complete"]) and found["operations"]["tested"] == found["operations"]["total"]
 
 
-def _is_scored(name: str) -> bool:
-    return name.startswith("reward_requests_total") and '"ok"' in name and any(f'"{route}"' in name for route in _SCORING)
+def _is_scored(name: str, route: str) -> bool:
+    return name.startswith("reward_requests_total") and '"ok"' in name and f'"{route}"' in name
 
 
 async def _answers(pool: Pool) -> bool:

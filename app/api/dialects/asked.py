@@ -1,0 +1,72 @@
+"""What every dialect's request comes to, and what its answer is made of. Knows no dialect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from app.preference import probability
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One caption to score, with what it is a caption of. `where` it stood in the request names it in errors."""
+
+    caption: str
+    where: str
+    image: str | None = None  # as in our own API: base64, a `data:` URL or an id; None: a text-only model
+    prompt: str | None = None  # None: the artifact's own
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The scores of all items, in their order, and what an answer tells beside them."""
+
+    scores: tuple[float, ...]
+    num_tokens: int
+    model: str
+    request_id: str
+    created: int  # seconds since 1970
+
+    @property
+    def usage(self) -> dict[str, int]:
+        return {"prompt_tokens": self.num_tokens, "total_tokens": self.num_tokens, "completion_tokens": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The items of a request, and how its dialect answers them."""
+
+    items: Sequence[Item]
+    answer: Callable[[Scored], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """What a reader is told beside the body. `params`: the dialect's own query parameters."""
+
+    takes_images: bool
+    params: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Items of one image and prompt, by their places in the request: they share their prefix."""
+
+    image: str | None
+    prompt: str | None
+    places: tuple[int, ...]
+
+
+def grouped(items: Sequence[Item]) -> list[Group]:
+    """Every item in one group, groups in the order they first come."""
+    found: dict[tuple[str | None, str | None], list[int]] = {}
+    for place, item in enumerate(items):
+        found.setdefault((item.image, item.prompt), []).append(place)
+    return [Group(image, prompt, tuple(places)) for (image, prompt), places in found.items()]
+
+
+def activated(score: float, *, use: bool) -> float:
+    """The raw score, or its sigmoid for clients that want numbers between 0 and 1."""
+    return probability(score) if use else score

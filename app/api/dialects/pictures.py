@@ -1,0 +1,90 @@
+"""Where a client that sends no picture of its own may put it: in a label, in metadata, in the prompt's text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from app.api.dialects.chats import picture_in
+from app.errors import InvalidRequest
+
+WAYS = (
+    "this model needs an image: put it in the label or the metadata, as JSON with `image`, `image_url`, `image_b64` or `image_id`, or "
+    "`<image:sha256:..>` in the prompt, by an id that PUT /images gave"
+)
+_KEYS = ("image", "image_url", "image_b64", "image_id")
+_HEX = re.compile(r"[0-9a-f]{64}")
+_STARTS = ("data:", "sha256:")
+_BASE64 = re.compile(r"[A-Za-z0-9+/]{64,}={0,2}")
+_ADDRESSES = ("http://", "https://")
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What a label says: the picture, and the prompt where the reward model is to see another than its own."""
+
+    image: str | None = None
+    prompt: str | None = None
+
+
+def named_in(places: Sequence[tuple[str, Any]], prompt_text: str, where: str) -> Named:
+    """The first picture that one of the places (name, value) has, else the one that the prompt's text names.
+
+    `where`: names the prompt in errors. Raises InvalidRequest for what is meant as a picture and is none.
+    """
+    found = [_of(value, name) for name, value in places]
+    image = next((each.image for each in found if each.image is not None), None)
+    if image is None:
+        try:
+            image = picture_in(prompt_text)
+        except InvalidRequest as error:
+            error.field = where
+            raise
+    return Named(image, next((each.prompt for each in found if each.prompt is not None), None))
+
+
+def needed(image: str | None, where: str, *, takes_images: bool) -> str | None:
+    """The picture, if there must be one. Raises InvalidRequest (`image_missing`) that names the ways to send it."""
+    if image is None and takes_images:
+        raise InvalidRequest(WAYS, field=where, code="image_missing")
+    return image
+
+
+def is_picture(text: str) -> bool:
+    """Whether a text that may be a picture is meant as one: an id, a `data:` URL, an address, or base64 of some length."""
+    return text.startswith((*_STARTS, *_ADDRESSES)) or _BASE64.fullmatch(text) is not None
+
+
+def _of(value: Any, where: str) -> Named:
+    if isinstance(value, str):
+        return _of_text(value, where)
+    if not isinstance(value, dict):
+        return Named()
+    image = next((_text(value[key], f"{where}.{key}") for key in _KEYS if value.get(key) is not None), None)
+    if image is not None and value.get("image_id") == image and _HEX.fullmatch(image):
+        image = f"sha256:{image}"
+    return Named(image, None if value.get("prompt") is None else _text(value["prompt"], f"{where}.prompt"))
+
+
+def _of_text(text: str, where: str) -> Named:
+    """A label may be the picture itself, or JSON; any other text is the trainer's own affair."""
+    if text.startswith(_STARTS):
+        return Named(text)
+    if not text.lstrip().startswith("{"):
+        return Named()
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError):
+        return Named()
+    return _of(told, where) if isinstance(told, dict) else Named()
+
+
+def _text(value: Any, where: str) -> str:
+    """OpenAI's clients wrap an address as `{"url": ..}`."""
+    text = value.get("url") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise InvalidRequest("an image is base64, a data: URL or an id; a prompt is a text", field=where)
+    return text

@@ -1,0 +1,119 @@
+"""One route for every row of the table: read the body, ask the service, answer as the dialect does. There is no other way to score."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from app.api.answers import JsonAnswer
+from app.api.card import Card
+from app.api.dialects.asked import Asked, Asking, Item, Scored, grouped
+from app.api.dialects.table import DIALECTS, Dialect
+from app.api.leaving import unless_gone
+from app.api.middleware import exchange_of
+from app.api.requests import check_caption_size, check_fingerprint, check_prompt_size, read_json, read_options, timeout_s
+from app.api.schemas import Options
+from app.errors import TooManyItems
+from app.service import GroupRequest, GroupResult, ScoringService
+from app.settings import Settings
+
+
+class DialectRoutes:
+    """The handlers, given what they need once."""
+
+    def __init__(self, service: ScoringService, settings: Settings, card: Card, errors: dict[int | str, dict[str, Any]]) -> None:
+        """`errors`: what the schema says of answers other than scores."""
+        self._service = service
+        self._settings = settings
+        self._card = card
+        self._errors = errors
+        self._since = int(time.time())
+
+    def router(self) -> APIRouter:
+        """All routes, ready to be included."""
+        router = APIRouter(default_response_class=JsonAnswer, tags=["dialects"])
+        for dialect in DIALECTS:
+            router.add_api_route(
+                dialect.path,
+                self._handler(dialect),
+                methods=["POST"],
+                name=dialect.path,
+                summary=f"As {dialect.of}",
+                responses=self._errors,
+                response_model=Any,
+                openapi_extra=_body(dialect),
+            )
+        state: dict[int | str, dict[str, Any]] = {code: answer for code, answer in self._errors.items() if code == 401}
+        router.add_api_route("/v1/models", self.models, response_model=dict[str, Any], responses=state, summary="As OpenAI")
+        return router
+
+    async def models(self) -> Response:
+        """The one model that is loaded."""
+        model = {"id": self._card.name, "object": "model", "created": self._since, "owned_by": "punchline", "root": self._card.name}
+        return JsonAnswer({"object": "list", "data": [model]})
+
+    def _handler(self, dialect: Dialect) -> Any:
+        async def handle(request: Request) -> Response:
+            return await self._answer(request, dialect)
+
+        return handle
+
+    async def _answer(self, request: Request, dialect: Dialect) -> Response:
+        options, params = read_options(request, dialect.params)
+        asking = Asking(self._service.takes_images, params)
+        asked = await read_json(request, dialect.body, self._settings, lambda told: dialect.read(told, asking))
+        with self._service.refusing(len(asked.items)):
+            check_fingerprint(options, self._card.fingerprint)
+            deadline = self._deadline(options, dialect)
+            requests, places = self._requests(asked)
+        results = await self._score(request, requests, deadline, holds=dialect.patience_s is not None) if requests else []
+        return JsonAnswer(asked.answer(self._scored(request, results, places)))
+
+    def _deadline(self, options: Options, dialect: Dialect) -> float:
+        if options.timeout_ms is None and dialect.patience_s is not None:
+            return min(dialect.patience_s, self._settings.max_timeout_ms / 1000)
+        return timeout_s(options, self._settings)
+
+    def _requests(self, asked: Asked) -> tuple[list[GroupRequest], list[int]]:
+        """A group for each image and prompt, and where in the request each of its captions stands, group after group."""
+        if len(asked.items) > self._settings.max_captions:
+            raise TooManyItems(f"at most {self._settings.max_captions} captions a request", field=asked.items[-1].where)
+        for item in asked.items:
+            check_prompt_size(item.prompt, item.where, self._settings)
+            check_caption_size(item.caption, item.where, self._settings)
+        groups = grouped(asked.items)
+        if len(groups) > self._settings.max_groups:
+            raise TooManyItems(f"at most {self._settings.max_groups} images or prompts a request", field=asked.items[-1].where)
+        requests = [_request([asked.items[place] for place in group.places]) for group in groups]
+        return requests, [place for group in groups for place in group.places]
+
+    async def _score(self, request: Request, requests: list[GroupRequest], deadline: float, *, holds: bool) -> list[GroupResult]:
+        exchange = exchange_of(request.scope)
+        work = self._service.score(requests, timeout_s=deadline, timing=exchange.timing, caller=exchange.caller, holds=holds)
+        return await unless_gone(request, work)
+
+    def _scored(self, request: Request, results: list[GroupResult], places: list[int]) -> Scored:
+        scores = [score for result in results for score in result.scores if score is not None]
+        by_place = dict(zip(places, scores, strict=True))
+        return Scored(
+            scores=tuple(by_place[place] for place in range(len(places))),
+            num_tokens=sum(result.num_tokens for result in results),
+            model=self._card.name,
+            request_id=exchange_of(request.scope).request_id,
+            created=int(time.time()),
+        )
+
+
+def _request(items: list[Item]) -> GroupRequest:
+    """Items of one image and prompt."""
+    first = items[0]
+    wheres = tuple(item.where for item in items)
+    return GroupRequest(tuple(item.caption for item in items), first.image, first.prompt, field=first.where, caption_fields=wheres)
+
+
+def _body(dialect: Dialect) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{dialect.body.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

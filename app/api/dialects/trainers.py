@@ -1,0 +1,116 @@
+"""How trainers ask for rewards: OpenRLHF's `/get_reward` and slime's `/rm`. They send texts; see `pictures.py` for the picture."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from app.api.dialects.asked import Asked, Asking, Item, Scored, activated
+from app.api.dialects.chats import last_user, split_chat, without_end
+from app.api.dialects.pictures import named_in, needed
+from app.api.dialects.wire import Message, Peer, texts_of
+from app.api.schemas import Text
+from app.errors import InvalidRequest
+
+
+class GetRewardRequest(Peer):
+    """OpenRLHF: whole chats, their prompts, their labels."""
+
+    query: list[Text] = Field(examples=[["<|im_start|>user\n..<|im_end|>\n<|im_start|>assistant\nIt is about the iceberg.<|im_end|>"]])
+    prompts: list[Text] | None = None
+    labels: list[Any] | None = Field(None, examples=[['{"image_id": "sha256:.."}']])
+
+
+class RmRequest(Peer):
+    """slime: one completion."""
+
+    prompt: Text | list[Message]
+    response: Text = Field(examples=["It is about the iceberg."])
+    label: Any = Field(None, examples=[{"image_id": "sha256:.."}])
+    metadata: Any = None
+
+
+class RewardsAnswer(Peer):
+    """What OpenRLHF logs and learns from: raw scores, their sigmoid for its filter between 0 and 1, lengths."""
+
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: dict[str, list[float]]
+
+
+class RewardAnswer(Peer):
+    """slime's with `?format=dict`, for `--reward-key reward`."""
+
+    reward: float
+    caption_chars: int
+
+
+def read_get_reward(told: GetRewardRequest, asking: Asking) -> Asked:
+    """Raises InvalidRequest where the lists have different lengths, or a caption cannot be told from its prompt."""
+    num = len(told.query)
+    for name, given in (("prompts", told.prompts), ("labels", told.labels)):
+        if given is not None and len(given) != num:
+            raise InvalidRequest(f"{len(given)} for {num} queries", field=name)
+    items = [
+        _item_of_chat(
+            query, told.prompts[index] if told.prompts else None, told.labels[index] if told.labels else None, index, asking.takes_images
+        )
+        for index, query in enumerate(told.query)
+    ]
+    return Asked(items, lambda scored: _rewards(items, scored))
+
+
+def _item_of_chat(query: str, prompt: str | None, label: Any, index: int, takes_images: bool) -> Item:
+    where = f"query[{index}]"
+    try:
+        before, caption = split_chat(query, prompt)
+    except InvalidRequest as error:
+        error.field = where
+        raise
+    named = named_in([(f"labels[{index}]", label)], before or prompt or "", where)
+    image = needed(named.image, f"labels[{index}]", takes_images=takes_images)
+    asked = named.prompt if takes_images or named.prompt is not None else last_user(prompt or before) or None
+    return Item(caption, where, image, asked)
+
+
+def _rewards(items: list[Item], scored: Scored) -> RewardsAnswer:
+    return RewardsAnswer(
+        rewards=list(scored.scores),
+        scores=[activated(score, use=True) for score in scored.scores],
+        extra_logs={"caption_chars": [float(len(item.caption)) for item in items]},
+    )
+
+
+def read_rm(told: RmRequest, asking: Asking) -> Asked:
+    """Raises InvalidRequest for a `format` that is none."""
+    form = _form(asking.params)
+    chat = told.prompt if isinstance(told.prompt, str) else "\n".join(texts_of(message) for message in told.prompt)
+    places = [("label", told.label), ("metadata", told.metadata)]
+    if not isinstance(told.prompt, str):
+        places += [(f"prompt[{index}]", {"image": image}) for index, message in enumerate(told.prompt) for image in message.images]
+    named = named_in(places, chat, "prompt")
+    image = needed(named.image, "label", takes_images=asking.takes_images)
+    prompt = named.prompt if asking.takes_images or named.prompt is not None else _said(told.prompt) or None
+    item = Item(without_end(told.response), "response", image, prompt)
+    return Asked([item], lambda scored: _reward(item, scored, form))
+
+
+def _form(params: Any) -> Literal["number", "dict"]:
+    form = params.get("format", "number")
+    if form not in ("number", "dict"):
+        raise InvalidRequest("format is number or dict", field="format")
+    return "dict" if form == "dict" else "number"
+
+
+def _said(prompt: str | list[Message]) -> str:
+    """What a text-only model takes for the prompt: what the user said last."""
+    if isinstance(prompt, str):
+        return last_user(prompt)
+    said = [texts_of(message) for message in prompt if message.role == "user"]
+    return said[-1] if said else ""
+
+
+def _reward(item: Item, scored: Scored, form: str) -> float | RewardAnswer:
+    (score,) = scored.scores
+    return score if form == "number" else RewardAnswer(reward=score, caption_chars=len(item.caption))
