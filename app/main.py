@@ -29,6 +29,7 @@ from app.layers import compiled_steps
 from app.machine import available_bytes, num_processors
 from app.metrics import Metrics
 from app.model import LoadedModel, load_model
+from app.monitors import RunMonitors, expected_of
 from app.reuse import Caches, KeptPrefix, ReusingScorer
 from app.selftest import TIMEOUT_S, SelfTest, SelfTestReport
 from app.service import ScoringService
@@ -158,6 +159,7 @@ async def _assemble(settings: Settings, artifact: Artifact, encoder: Encoder, lo
         pool=pool,
         max_batch_tokens=budgets.max_batch_tokens,
         metrics=metrics,
+        monitors=RunMonitors(settings.max_runs, expected_of(artifact.config), metrics),
         audit_every=settings.cache_audit_every,
         forget=scorer.forget,
     )

@@ -34,6 +34,7 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         self._http()
         self._work()
+        self._runs()
         self._state()
 
     def _http(self) -> None:
@@ -105,6 +106,46 @@ class Metrics:
             "reward_cache_audit_mismatches_total",
             "Audited hits (pixels, features, prefixes, scores) that were not what is computed now; alert on any.",
             ("cache",),
+        )
+
+    def _runs(self) -> None:
+        """Of training runs that requests name; `run` is one of the few that are kept, and its series go when it is forgotten."""
+        run = ("run",)
+        self.run_scores = self._histogram("reward_run_score", "Scores of a run.", _SCORES, run)
+        self.run_spread = self._histogram("reward_run_group_score_stddev", "Spread of the scores of each group of a run.", _SPREADS, run)
+        self.run_flat_groups = self._counter(
+            "reward_run_flat_groups_total", "Groups of a run, of those in the histogram of spreads, whose scores have none.", run
+        )
+        self.run_duplicates = self._counter(
+            "reward_run_duplicate_captions_total", "Captions of a run that stand in their group more than once.", run
+        )
+        self.run_repeats = self._counter("reward_run_repeated_captions_total", "Captions of a run that stood in an earlier group.", run)
+        self.run_outside = self._counter(
+            "reward_run_outside_captions_total",
+            "Captions of a run with a score more than 3 standard deviations from the mean of the artifact's score distribution.",
+            run,
+        )
+        self.run_unusable = self._counter(
+            "reward_run_unusable_scores_total", "Scores of a run beyond float32, which are in no other metric of the run.", run
+        )
+        self.run_mean = self._gauge("reward_run_score_mean", "Mean score of the last groups of a run.", run)
+        self.run_length_correlation = self._gauge(
+            "reward_run_length_correlation", "Correlation of score and characters within the last groups of a run; NaN while unknown.", run
+        )
+        self.run_drift = self._gauge(
+            "reward_run_drift_sigmas",
+            "Mean of the last groups of a run, in standard deviations from the mean of the artifact's score distribution; NaN if unknown.",
+            run,
+        )
+        self.run_std_ratio = self._gauge(
+            "reward_run_std_ratio",
+            "Standard deviation of the last groups of a run over that of the artifact's score distribution; NaN if unknown.",
+            run,
+        )
+        self.runs = self._gauge("reward_runs", "Training runs that are watched.")
+        self.runs_forgotten = self._counter("reward_runs_forgotten_total", "Training runs that made room for others.")
+        self.run_faults = self._counter(
+            "reward_run_monitor_faults_total", "Groups that a run's monitor failed to count; they were answered, and the log says why."
         )
 
     def _state(self) -> None:

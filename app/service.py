@@ -30,6 +30,7 @@ from app.errors import (
 )
 from app.images import ImageLimits, decode_image, image_id, probe_image, read_image_field
 from app.metrics import CLIENT_GONE, Metrics, outcome_of
+from app.monitors import RunMonitors
 from app.planning import split_group
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class ScoringService:
         pool: Executor,
         max_batch_tokens: int,
         metrics: Metrics,
+        monitors: RunMonitors,
         audit_every: int = 0,
         forget: Callable[[], None] = lambda: None,
     ) -> None:
@@ -127,6 +129,7 @@ class ScoringService:
         self._max_batch_tokens = max_batch_tokens
         self._metrics = metrics
         self._forget = forget
+        self.monitors = monitors
         self._pixel_audit = Audit("pixels", audit_every, metrics)
 
     async def score(
@@ -140,6 +143,7 @@ class ScoringService:
         counted: bool = True,
         caller: str = "",
         holds: bool = False,
+        run_id: str | None = None,
     ) -> list[GroupResult]:
         """Score every group, in order.
 
@@ -147,6 +151,7 @@ class ScoringService:
         gets None and its error. Raises ApiError; DeadlineExceeded after `timeout_s` seconds. What is not `counted` is nobody's:
         golden captions are in no count of captions and in no distribution of scores. `caller`: whose share of the queue it takes.
         `holds`: a full queue is waited for until the deadline, for callers that give up after few refusals.
+        `run_id`: the training run whose monitors see the scores.
         """
         timing = timing or Timing()
         if holds:
@@ -159,6 +164,9 @@ class ScoringService:
             results = await work
             for result in results:
                 self._observe(result.scores)
+        if run_id is not None:
+            for request, result in zip(requests, results, strict=True):
+                self.monitors.observe(run_id, request.captions, result.scores)
         return results
 
     async def _score(

@@ -27,9 +27,11 @@ from app.contracts import EncodedGroup, EncodedImage, Explanation, Group, Ids, R
 from app.errors import ApiError, ItemRejected
 from app.images import ImageLimits
 from app.metrics import Metrics
+from app.monitors import RunMonitors
 from app.selftest import SelfTestReport
 from app.service import ScoringService
 from app.settings import Settings
+from app.tallies import Expected
 
 FINGERPRINT = "f" * 64
 IMAGE_PAD, PROMPT_END, CAPTION_END = 256, 257, 258
@@ -186,6 +188,7 @@ async def serving(
     encoder: FakeEncoder | None = None,
     takes_images: bool = True,
     headers: dict[str, str] | None = None,
+    expected: Expected | None = None,
     **flags: Any,
 ) -> AsyncIterator[Served]:
     """The real service, batcher and HTTP layer over the fakes, with settings from `flags`."""
@@ -195,7 +198,7 @@ async def serving(
     with ThreadPoolExecutor(2) as pool:
         async with batcher:
             encoder = encoder or FakeEncoder(takes_images=takes_images)
-            service = service_of(settings, metrics, encoder, batcher, admission, pool)
+            service = service_of(settings, metrics, encoder, batcher, admission, pool, expected)
             app = create_app(service, settings, _card(settings, metrics, state, encoder), metrics)
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://punchline", headers=headers) as client:
@@ -203,7 +206,13 @@ async def serving(
 
 
 def service_of(
-    settings: Settings, metrics: Metrics, encoder: FakeEncoder, batcher: Batcher, admission: Admission, pool: ThreadPoolExecutor
+    settings: Settings,
+    metrics: Metrics,
+    encoder: FakeEncoder,
+    batcher: Batcher,
+    admission: Admission,
+    pool: ThreadPoolExecutor,
+    expected: Expected | None = None,
 ) -> ScoringService:
     """The real service over a fake encoder."""
     return ScoringService(
@@ -217,6 +226,7 @@ def service_of(
         pool=pool,
         max_batch_tokens=settings.max_batch_tokens,
         metrics=metrics,
+        monitors=RunMonitors(settings.max_runs, expected, metrics),
     )
 
 

@@ -40,7 +40,7 @@ BENCH = (
 # Lowest first. A module imports only from modules that stand before it; imports for type checking and inside functions count too.
 TABLE = (
     ("errors", "settings", "contracts", "metrics"),
-    ("planning", "caches", "reuse", "budgets", "machine", "preference", "images", "artifacts"),
+    ("planning", "caches", "reuse", "budgets", "machine", "preference", "tallies", "runs", "images", "artifacts"),
     (
         "encoding",
         "faults",
@@ -60,7 +60,7 @@ TABLE = (
         "geometry",
         "hardware",
     ),
-    ("scoring", "golden", "service", "startcheck", "selftest", "canary"),
+    ("scoring", "golden", "monitors", "service", "startcheck", "selftest", "canary"),
     (
         "api.body_room",
         "api.bodies",
@@ -71,6 +71,7 @@ TABLE = (
         "api.middleware",
         "api.requests",
         "api.pages",
+        "api.runs",
         "api.routes",
         "api.dialects",
         "api.dialects.asked",

@@ -32,6 +32,7 @@ from app.errors import (
     UrlNotAllowed,
 )
 from app.images import ImageLimits, image_id
+from app.monitors import RunMonitors
 from app.service import GroupRequest, GroupResult, ScoringService, Timing
 from tests.fakes import MAX_CAPTION_TOKENS, UNSCORABLE, expected_scores, picture
 from tests.loop_fakes import NAN, PATIENCE_S, RAISE, Bench, FaultyScorer, GatedScorer, HeldEncoder, batching, captions_of, turns, until
@@ -98,6 +99,7 @@ async def stack_of(
                 pool=pool,
                 max_batch_tokens=max_batch_tokens,
                 metrics=bench.metrics,
+                monitors=RunMonitors(8, None, bench.metrics),
             )
             yield Stack(service, encoder, bench, pool)
             await until(lambda: bench.queued == (0, 0))  # whatever the test did, nothing stays reserved

@@ -20,6 +20,7 @@ from app.api.dialects.table import DIALECTS, PATHS
 from app.api.middleware import COUNTED_ROUTES, PUBLIC_PATHS, Envelope, exchange_of, refuse
 from app.api.pages import read_pages
 from app.api.routes import ERRORS, Routes
+from app.api.runs import RunRoutes
 from app.api.schemas import CompareRequest, RankRequest, ScoreRequest, json_schema
 from app.errors import ApiError, MethodNotAllowed, NotFound, RequestError
 from app.metrics import Metrics
@@ -38,7 +39,11 @@ def create_app(service: ScoringService, settings: Settings, card: Card, metrics:
     )
     pages = [page.route() for page in read_pages()]
     app.router.routes.extend(pages)
-    routers = [Routes(service, settings, card).router(), DialectRoutes(service, settings, card, ERRORS).router()]
+    routers = [
+        Routes(service, settings, card).router(),
+        DialectRoutes(service, settings, card, ERRORS).router(),
+        RunRoutes(service.monitors.runs).router(),
+    ]
     paths = frozenset(route.path for part in (app.router, *routers) for route in part.routes if isinstance(route, Route))
     for router in routers:
         app.include_router(router)

@@ -16,6 +16,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.answers import error_answer
@@ -52,7 +53,8 @@ class Exchange:
 class Envelope:
     """Wraps the application. A route is closed unless its path is on the public list.
 
-    `paths` are the application's routes: metrics name these and nothing else that a client may ask for. The `counted` ones score.
+    `paths` are the application's routes, as the router has them (`/runs/{run_id}`): metrics name these and nothing else that a
+    client may ask for, and a public path opens what the router gives to that route and nothing else. The `counted` ones score.
     """
 
     def __init__(
@@ -73,7 +75,8 @@ class Envelope:
         self._fingerprint = fingerprint
         self._keys = [_digest(key) for key in api_keys]
         self._metrics = metrics
-        self._paths = paths
+        self._paths = frozenset(path for path in paths if "{" not in path)
+        self._templates = [(compile_path(path)[0], path) for path in sorted(paths - self._paths)]
         self._is_draining = is_draining
         self._room = room
         self._public_paths = public_paths
@@ -84,7 +87,7 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        route = scope["path"] if scope["path"] in self._paths else UNMATCHED
+        route = self._route(scope["path"])
         headers = Headers(scope=scope)
         exchange = Exchange(_request_id(headers), Timing(), time.monotonic(), self._room.open(), _announces_body(headers), route)
         scope.setdefault("state", {})["exchange"] = exchange
@@ -99,7 +102,7 @@ class Envelope:
     async def _answer(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
         answer: Response
         try:
-            exchange.caller = self._authorize(scope)
+            exchange.caller = self._authorize(scope, exchange.route)
             await self._app(scope, receive, send)
             return
         except ApiError as error:
@@ -119,12 +122,18 @@ class Envelope:
             answer = refuse(ApiError("internal error"), exchange)
         await answer(scope, receive, send)
 
-    def _authorize(self, scope: Scope) -> str:
+    def _route(self, path: str) -> str:
+        """The route that has this path, by the router's own pattern."""
+        if path in self._paths:
+            return path
+        return next((template for pattern, template in self._templates if pattern.match(path)), UNMATCHED)
+
+    def _authorize(self, scope: Scope, route: str) -> str:
         """By the path the router sees, never by a URL rebuilt from the Host header. Returns the name of the key.
 
         Digests are compared, and every one of them: the time tells neither how long a key is nor how much of it was right.
         """
-        if not self._keys or scope["path"] in self._public_paths:
+        if not self._keys or route in self._public_paths:
             return ""
         given = Headers(scope=scope).getlist("authorization")
         scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")

@@ -1,4 +1,4 @@
-"""The files a browser is given: the playground's page and the drawn cartoons, read once, each at a path of its own.
+"""The files a browser is given: the playground's page, that of training runs and the drawn cartoons, read once, each at a path of its own.
 
 Knows bytes, media types and the headers that confine a page; not what a score is. A path is looked up and never joined to a folder.
 """
@@ -17,6 +17,7 @@ from app.artifacts import DEMO_PATH
 
 WEB = Path(__file__).parents[1] / "web"
 CARTOONS = DEMO_PATH / "cartoons"
+PLACES = {"index.html": "/", "run.html": "/runs/{run_id}"}  # the page of a run is the same for every run, and says nothing of any
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -75,7 +76,7 @@ class Page:
 
 
 def read_pages() -> list[Page]:
-    """The page itself at `/`, its parts under `/web/`, cartoons and their captions under `/cartoons/`."""
-    parts = {"/" if file.name == "index.html" else f"/web/{file.name}": file for file in sorted(WEB.iterdir())}
+    """Pages at their places, their parts under `/web/`, cartoons and their captions under `/cartoons/`."""
+    parts = {PLACES.get(file.name, f"/web/{file.name}"): file for file in sorted(WEB.iterdir())}
     cartoons = {f"/cartoons/{file.name}": file for file in sorted(CARTOONS.iterdir())}
     return [Page(path, file.read_bytes(), MEDIA_TYPES[file.suffix]) for path, file in {**parts, **cartoons}.items()]

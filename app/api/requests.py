@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from app.api.bodies import BodyLimits, Part, media_type, parse_json, parse_multipart, read_body
 from app.api.middleware import exchange_of
-from app.api.schemas import Options, Strict
+from app.api.schemas import RUN_ID, Options, Strict
 from app.errors import (
     CaptionTooLarge,
     FingerprintMismatch,
@@ -28,6 +28,7 @@ _Model = TypeVar("_Model", bound=Strict)
 _Body = TypeVar("_Body", bound=BaseModel)
 _Read = TypeVar("_Read")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
+_RUN_ID = re.compile(RUN_ID.strip("^$"))
 _REPEATED = {"caption": "captions"}
 _JSON_ONLY = {"captions", "groups"}
 _OTHER_PARTS = 16  # of a form, beside its captions
@@ -141,6 +142,21 @@ def check_fingerprint(options: Options, loaded: str) -> None:
     """Raises FingerprintMismatch when the caller pinned another model."""
     if options.expect_fingerprint is not None and not hmac.compare_digest(options.expect_fingerprint.encode(), loaded.encode()):
         raise FingerprintMismatch("another model is loaded than the one expected", field="expect_fingerprint")
+
+
+def run_id_of(request: Request, given: str | None = None) -> str | None:
+    """The training run a request belongs to, by its header X-Run-Id or the field that its body `given`. None: to none.
+
+    For every route that scores. Raises InvalidRequest: a run whose scores are not counted where its owner looks is worse than an error.
+    """
+    named = request.headers.getlist("x-run-id")
+    if len(set(named)) > 1 or (given is not None and named and given != named[0]):
+        raise InvalidRequest("the request names two training runs", field="run_id")
+    found = named[0] if named else given
+    if found is not None and not _RUN_ID.fullmatch(found):
+        message = "a run id is 1 to 64 letters, digits, dots, hyphens and underscores, a letter or digit first"
+        raise InvalidRequest(message, field="run_id")
+    return found
 
 
 def timeout_s(options: Options, settings: Settings) -> float:

@@ -14,10 +14,11 @@ from app.api.answers import JsonAnswer
 from app.api.card import Card
 from app.api.leaving import unless_gone
 from app.api.middleware import exchange_of
-from app.api.requests import check_fingerprint, group_request, read_image, read_request, timeout_s
+from app.api.requests import check_fingerprint, group_request, read_image, read_request, run_id_of, timeout_s
 from app.api.schemas import (
     CAPTIONS_EXAMPLE,
     IMAGE_EXAMPLE,
+    RUN_ID,
     CompareAnswer,
     CompareRequest,
     ErrorAnswer,
@@ -58,12 +59,17 @@ _STATE_ERRORS: dict[int | str, dict[str, Any]] = {401: ERRORS[401], **_NOT_NOW}
 _JSON_ERROR = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}, "description": "A key is needed."}
 
 
+_RUN = {"type": "string", "pattern": RUN_ID}
+_RUN_HEADER = {"name": "X-Run-Id", "in": "header", "schema": _RUN, "description": "As the field run_id, which must not differ from it."}
+
+
 def _body(model: str, form: dict[str, Any], required: Sequence[str], examples: dict[str, Any]) -> dict[str, Any]:
     """A route's two request bodies; each example is a whole request that the model takes."""
     shown = {name: {"value": value} for name, value in examples.items()}
     json = {"schema": {"$ref": f"#/components/schemas/{model}"}, "examples": shown}
     schema = {"type": "object", "properties": form, "required": list(required), "additionalProperties": False}
-    return {"requestBody": {"required": True, "content": {"application/json": json, "multipart/form-data": {"schema": schema}}}}
+    content = {"application/json": json, "multipart/form-data": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}, "parameters": [_RUN_HEADER]}
 
 
 _GROUP_EXAMPLE = {"image": IMAGE_EXAMPLE, "captions": CAPTIONS_EXAMPLE}
@@ -71,7 +77,7 @@ _PAIR_EXAMPLE = {"image": IMAGE_EXAMPLE, "a": CAPTIONS_EXAMPLE[0], "b": CAPTIONS
 _FILE = {"type": "string", "format": "binary"}
 _TEXT = {"type": "string"}
 _CAPTIONS = {"type": "array", "items": _TEXT, "minItems": 1, "description": "Repeat the part once a caption."}
-_FORM_OPTIONS = {"expect_fingerprint": _TEXT, "timeout_ms": {"type": "integer", "minimum": 1}}
+_FORM_OPTIONS = {"expect_fingerprint": _TEXT, "timeout_ms": {"type": "integer", "minimum": 1}, "run_id": _RUN}
 _SCORE_BODY = _body(
     "ScoreRequest",
     {
@@ -161,8 +167,8 @@ class Routes:
         asked, image = await read_request(request, ScoreRequest, self._settings)
         lists = [asked.captions or [], *(group.captions for group in asked.groups or [])]
         with self._checks(asked, sum(map(len, lists))) as deadline:
-            wanted = self._groups(asked, image)
-        results = await self._score(request, wanted, deadline, asked.on_item_error, asked.explain)
+            wanted, run_id = self._groups(asked, image), run_id_of(request, asked.run_id)
+        results = await self._score(request, wanted, deadline, run_id, asked.on_item_error, asked.explain)
         if asked.groups is None:
             return JsonAnswer(ScoreAnswer(**_group_fields(results[0], asked.on_item_error), **self._signature(request)))
         answers = [
@@ -175,8 +181,8 @@ class Routes:
         """Both captions are scored alone, so there is no position bias: swapping them mirrors the answer exactly."""
         asked, image = await read_request(request, CompareRequest, self._settings)
         with self._checks(asked, 2) as deadline:
-            wanted = group_request(asked, (asked.a, asked.b), image, "", self._settings)
-        (result,) = await self._score(request, [wanted], deadline)
+            wanted, run_id = group_request(asked, (asked.a, asked.b), image, "", self._settings), run_id_of(request, asked.run_id)
+        (result,) = await self._score(request, [wanted], deadline, run_id)
         score_a, score_b = _all_scores(result)
         found = compare(score_a, score_b, self._card.temperature)
         return JsonAnswer(
@@ -194,8 +200,8 @@ class Routes:
         """Best first; equal scores share a rank and are marked."""
         asked, image = await read_request(request, RankRequest, self._settings)
         with self._checks(asked, len(asked.captions)) as deadline:
-            wanted = group_request(asked, asked.captions, image, "", self._settings)
-        (result,) = await self._score(request, [wanted], deadline)
+            wanted, run_id = group_request(asked, asked.captions, image, "", self._settings), run_id_of(request, asked.run_id)
+        (result,) = await self._score(request, [wanted], deadline, run_id)
         ranking = [
             RankedCaption(
                 rank=place.rank,
@@ -266,11 +272,23 @@ class Routes:
         return [group_request(group, group.captions, None, f"groups[{index}]", self._settings) for index, group in enumerate(asked.groups)]
 
     async def _score(
-        self, request: Request, groups: list[GroupRequest], deadline: float, on_item_error: OnItemError = "fail", explain: bool = False
+        self,
+        request: Request,
+        groups: list[GroupRequest],
+        deadline: float,
+        run_id: str | None,
+        on_item_error: OnItemError = "fail",
+        explain: bool = False,
     ) -> list[GroupResult]:
         exchange = exchange_of(request.scope)
         work = self._service.score(
-            groups, timeout_s=deadline, on_item_error=on_item_error, explain=explain, timing=exchange.timing, caller=exchange.caller
+            groups,
+            timeout_s=deadline,
+            on_item_error=on_item_error,
+            explain=explain,
+            timing=exchange.timing,
+            caller=exchange.caller,
+            run_id=run_id,
         )
         return await unless_gone(request, work)
 

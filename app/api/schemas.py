@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 IMAGE_EXAMPLE = "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+RUN_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 CAPTIONS_EXAMPLE = ["It says it is here about the iceberg.", "Nice day."]
 
 
@@ -31,6 +32,9 @@ class Options(Strict):
 
     expect_fingerprint: Text | None = Field(None, description="Answer 412 unless exactly this model is loaded.")
     timeout_ms: int | None = Field(None, ge=1, description="Deadline; later than this the answer is 503.")
+    run_id: Text | None = Field(
+        None, pattern=RUN_ID, description="The training run whose monitors count the scores; or in the header X-Run-Id."
+    )
 
 
 class ScoreGroup(Strict):
@@ -196,6 +200,73 @@ class SelfTestAnswer(Signed):
     max_error: float
     tolerance: float
     message: str
+
+
+class RunNumbers(Answer):
+    """What some groups of a training run show. Null: these groups cannot tell."""
+
+    groups: int
+    captions: int
+    compared_groups: int = Field(description="Of two or more captions: only these have a spread.")
+    first_seen_s: float | None = Field(description="Seconds since the epoch.")
+    last_seen_s: float | None
+    mean: float | None
+    std: float | None
+    min: float | None
+    max: float | None
+    mean_length: float | None = Field(description="Characters.")
+    group_spread: float | None = Field(description="Mean standard deviation of the scores within a group.")
+    flat_share: float | None = Field(description="Of compared groups: those without spread, at most 1e-4.")
+    length_correlation: float | None = Field(description="Pearson's, of score and characters, from the means of each group.")
+    length_correlation_overall: float | None = Field(description="The same from the means of all.")
+    duplicate_share: float | None = Field(description="Of captions: those that stand in their group more than once.")
+    repeat_share: float | None = Field(description="Of captions: those that stood in an earlier group, lately.")
+    drift: float | None = Field(description="Mean less that of the artifact's score distribution, in its standard deviations.")
+    std_ratio: float | None = Field(description="Standard deviation over that of the artifact's score distribution.")
+    outside_share: float | None = Field(description="Of scores: those more than 3 standard deviations from the artifact's mean.")
+
+
+class RunLine(RunNumbers):
+    id: str
+    findings: list[str] = Field(description="Codes of what looks like reward hacking now.", examples=[["length"]])
+
+
+class RunsAnswer(Answer):
+    """The training runs that are kept, the one active last first."""
+
+    runs: list[RunLine]
+
+
+class RunFinding(Answer):
+    code: Literal["no_spread", "length", "drift", "outside", "std_ratio", "spread_fell", "duplicates", "repeats"]
+    value: float
+    limit: float
+    text: str
+
+
+class ScoreSpread(Answer):
+    mean: float
+    std: float
+
+
+class RunHistogram(Answer):
+    edges: list[float]
+    counts: list[int] = Field(description="Scores up to each edge, and those beyond the last.")
+
+
+class RunAnswer(Answer):
+    """All of a training run."""
+
+    id: str
+    expected: ScoreSpread | None = Field(description="The artifact's score distribution; null: it has none.")
+    total: RunNumbers
+    recent: RunNumbers = Field(description="Of the last 128 to 144 groups; findings are about these.")
+    unusable_scores: int = Field(description="Beyond float32, left out everywhere else.")
+    early: bool = Field(description="The last groups are too few to find anything in.")
+    findings: list[RunFinding]
+    limits: dict[str, float]
+    histogram: RunHistogram
+    history: list[RunNumbers] = Field(description="The whole run in at most 128 points of equally many groups, but for the last.")
 
 
 class StatusAnswer(Answer):

@@ -36,14 +36,16 @@ class RewardClient:
         attempt_s: float = 60.0,
         fingerprint: str | None = None,
         limits: Limits | None = None,
+        run_id: str | None = None,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`deadline_s`: of a call, all attempts together; `attempt_s`: of one of them.
 
-        `fingerprint`: the model that must answer; None: the one that answers first, from then on. Raises ValueError.
+        `fingerprint`: the model that must answer; None: the one that answers first, from then on. `run_id`: the training run the
+        scores are for; the server draws it at `/runs/` and this id. Raises ValueError.
         """
-        self._terms = Terms(base_urls(urls), api_key, deadline_s, attempt_s, limits or Limits())
+        self._terms = Terms(base_urls(urls), api_key, deadline_s, attempt_s, limits or Limits(), run_id)
         self._transport = transport
         self._sleep = sleep
         self._start(fingerprint)

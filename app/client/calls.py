@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ MARGIN_S = 5.0  # of the transport beyond what the server was told
 _CONNECT_S = 5.0  # to a server that is there it takes far less, and there may be another one to ask
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 10.0
 _JITTER = (0.5, 1.0)  # of a wait of our own: those who failed together must not come back together
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_KNOWN = 100_000  # pictures of a server that are remembered as sent
 _RANDOM = random.SystemRandom()  # not the module's generator, which a training run may have seeded: a retry must not change the run
 
@@ -56,10 +58,19 @@ class Terms:
     deadline_s: float
     attempt_s: float
     limits: Limits
+    run_id: str | None = None  # the training run that the server's monitors count the scores to
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        if self.run_id is not None and not _RUN_ID.fullmatch(self.run_id):
+            raise ValueError(
+                f"a run id is 1 to 64 letters, digits, dots, hyphens and underscores, a letter or digit first: {self.run_id!r}"
+            )
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        return key if self.run_id is None else key | {"X-Run-Id": self.run_id}
 
     def batches(self, groups: Sequence[Group]) -> list[list[Part]]:
         """What goes into one request each. Raises as `parts_of`."""

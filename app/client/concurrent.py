@@ -46,12 +46,13 @@ class AsyncRewardClient:
         attempt_s: float = 60.0,
         fingerprint: str | None = None,
         limits: Limits | None = None,
+        run_id: str | None = None,
         num_requests: int = 32,
         transport: httpx.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """As `RewardClient`; `num_requests`: at once from one event loop, the others wait within their deadline. Raises ValueError."""
-        self._terms = Terms(base_urls(urls), api_key, deadline_s, attempt_s, limits or Limits())
+        self._terms = Terms(base_urls(urls), api_key, deadline_s, attempt_s, limits or Limits(), run_id)
         self._num_requests = num_requests
         self._transport = transport
         self._sleep = sleep

@@ -17,6 +17,8 @@ from tests.fakes import Served, picture
 pytestmark = pytest.mark.anyio
 
 ROUTES = {
+    ("get", "/runs"),
+    ("get", "/runs/{run_id}/statistics"),
     ("post", "/score"),
     ("post", "/compare"),
     ("post", "/rank"),
