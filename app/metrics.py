@@ -130,7 +130,9 @@ class Metrics:
         )
         self.run_mean = self._gauge("reward_run_score_mean", "Mean score of the last groups of a run.", run)
         self.run_length_correlation = self._gauge(
-            "reward_run_length_correlation", "Correlation of score and characters within the last groups of a run; NaN while unknown.", run
+            "reward_run_length_correlation",
+            "Correlation of score and characters within the last groups of a run, over all captions if each came by itself; NaN if unknown.",
+            run,
         )
         self.run_drift = self._gauge(
             "reward_run_drift_sigmas",

@@ -79,7 +79,7 @@ class RunMonitors:
     def _begin(self, run: Run) -> _Series:
         name, metrics = run.run_id, self._metrics
         metrics.run_mean.labels(name).set_function(lambda: run.recent.all.score if run.recent.num_captions else math.nan)
-        metrics.run_length_correlation.labels(name).set_function(lambda: _or_nan(run.recent.within.correlation()))
+        metrics.run_length_correlation.labels(name).set_function(lambda: _or_nan(run.recent.length_correlation))
         metrics.run_drift.labels(name).set_function(lambda: _or_nan(run.recent.drift(self._expected)))
         metrics.run_std_ratio.labels(name).set_function(lambda: _or_nan(run.recent.std_ratio(self._expected)))
         series = self._series[name] = _Series(

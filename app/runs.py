@@ -148,7 +148,7 @@ class Run:
             "findings": [asdict(finding) for finding in self.findings()],
             "limits": LIMITS,
             "histogram": {"edges": list(self.edges), "counts": list(self.counts)},
-            "history": [described(point, self.expected) for point in self.history],
+            "history": [described(point, self.expected) for point in self.history.whole()],
         }
 
 
@@ -202,20 +202,15 @@ def _flat(recent: Tally) -> Finding | None:
     share = recent.flat_share
     if share is None or share <= MAX_FLAT_SHARE:
         return None
-    text = (
-        f"{share:.0%} of groups have no spread (limit {MAX_FLAT_SHARE:.0%}): every caption scores alike, so nothing is learned from them."
-    )
+    text = f"{_percent(share)} of groups have no spread (limit {_percent(MAX_FLAT_SHARE)}): nothing is learned from them."
     return Finding("no_spread", share, MAX_FLAT_SHARE, text)
 
 
 def _length(recent: Tally) -> Finding | None:
-    """Within groups; over all captions where they come one at a time, and nothing else can be told."""
-    if 0 < recent.num_compared < MIN_GROUPS:
+    found = recent.length_correlation
+    if 0 < recent.num_compared < MIN_GROUPS or found is None or abs(found) <= MAX_CORRELATION:
         return None
-    around, where = (recent.within, "within groups") if recent.num_compared else (recent.all.around, "over all captions")
-    found = around.correlation()
-    if found is None or abs(found) <= MAX_CORRELATION:
-        return None
+    where = "within groups" if recent.num_compared else "over all captions"
     way, better = ("grow", "longer") if found > 0 else ("fall", "shorter")
     text = (
         f"Scores {way} with length: r = {found:.2f} {where} (limit ±{MAX_CORRELATION}). "
@@ -237,7 +232,7 @@ def _outside(recent: Tally, expected: Expected | None) -> Finding | None:
     share = recent.outside_share(expected)
     if share is None or share <= MAX_OUTSIDE_SHARE:
         return None
-    text = f"{share:.0%} of scores lie more than 3 σ from the mean in training (limit {MAX_OUTSIDE_SHARE:.0%}): read those captions."
+    text = f"{_percent(share)} of scores lie over 3 σ from the mean in training (limit {_percent(MAX_OUTSIDE_SHARE)}): read those captions."
     return Finding("outside", share, MAX_OUTSIDE_SHARE, text)
 
 
@@ -255,17 +250,18 @@ def _spread(recent: Tally, beginning: Tally) -> Finding | None:
     now, first = recent.spread, beginning.spread
     if now is None or not first or now >= MIN_SPREAD_LEFT * first:
         return None
-    text = (
-        f"The spread within groups fell to {now / first:.0%} of what it was at first (limit {MIN_SPREAD_LEFT:.0%}): samples become alike."
-    )
-    return Finding("spread_fell", now / first, MIN_SPREAD_LEFT, text)
+    left = now / first
+    text = f"The spread within groups fell to {_percent(left)} of that at first (limit {_percent(MIN_SPREAD_LEFT)}): samples grow alike."
+    return Finding("spread_fell", left, MIN_SPREAD_LEFT, text)
 
 
 def _duplicates(recent: Tally) -> Finding | None:
     share = recent.duplicate_share
     if share is None or share <= MAX_DUPLICATE_SHARE:
         return None
-    text = f"{share:.0%} of captions stand in their group more than once, word for word (limit {MAX_DUPLICATE_SHARE:.0%}): entropy is low."
+    text = (
+        f"{_percent(share)} of captions have a twin in their group, word for word (limit {_percent(MAX_DUPLICATE_SHARE)}): entropy is low."
+    )
     return Finding("duplicates", share, MAX_DUPLICATE_SHARE, text)
 
 
@@ -274,10 +270,14 @@ def _repeats(recent: Tally) -> Finding | None:
     if share is None or share <= MAX_REPEAT_SHARE:
         return None
     text = (
-        f"{share:.0%} of captions stood in an earlier group, word for word (limit {MAX_REPEAT_SHARE:.0%}): "
+        f"{_percent(share)} of captions stood in an earlier group, word for word (limit {_percent(MAX_REPEAT_SHARE)}): "
         "one text for every picture, or groups sent twice."
     )
     return Finding("repeats", share, MAX_REPEAT_SHARE, text)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 class Runs:

@@ -143,6 +143,11 @@ class Tally:
     def repeat_share(self) -> float | None:
         return self.num_repeats / self.num_captions if self.num_captions else None
 
+    @property
+    def length_correlation(self) -> float | None:
+        """Within groups; over all captions where every one came by itself, and nothing else can be told."""
+        return (self.within if self.num_compared else self.all.around).correlation()
+
     def drift(self, expected: Expected | None) -> float | None:
         """(mean - expected mean) / expected standard deviation."""
         return (self.all.score - expected.mean) / expected.std if expected and self.num_captions else None
@@ -208,6 +213,12 @@ class History:
                 self._num_groups *= 2
             self._points.append(Tally())
         self._points[-1].add(tally)
+
+    def whole(self) -> list[Tally]:
+        """To be drawn: a last point of less than half as many groups as the others is merged into the one before."""
+        if len(self._points) < 2 or 2 * self._points[-1].num_groups >= self._num_groups:
+            return list(self._points)
+        return [*self._points[:-2], merged(self._points[-2:])]
 
     def __iter__(self) -> Iterator[Tally]:
         return iter(self._points)

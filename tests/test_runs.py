@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.runs import ESTABLISHED, LIMITS, MAX_TEXTS, STD_RATIOS, Run, Runs, edges_for
@@ -70,7 +70,7 @@ def test_what_looks_like_reward_hacking_is_said_with_its_value_and_limit(code: s
     (finding,) = [finding for finding in run.findings() if finding.code == code]
     assert abs(finding.value) > finding.limit or code in {"std_ratio", "spread_fell"}
     is_share = code in {"no_spread", "outside", "duplicates", "repeats", "spread_fell"}
-    shown = f"{finding.value:.0%}" if is_share else f"{abs(finding.value):.2g}"
+    shown = f"{100 * finding.value:.0f} %" if is_share else f"{abs(finding.value):.2g}"
     assert shown in finding.text
     assert "limit" in finding.text
     assert run.summary()["findings"] == [each.code for each in run.findings()]
@@ -138,6 +138,7 @@ def test_what_no_float32_holds_is_counted_and_goes_no_further(bad: float) -> Non
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.tuples(st.text(max_size=3), st.none() | st.floats()), min_size=1, max_size=9), max_size=40), st.booleans())
 def test_whatever_comes_the_numbers_are_finite(groups: list[list[tuple[str, float | None]]], knows: bool) -> None:
     pairs = [([text for text, _ in group], [score for _, score in group]) for group in groups]
@@ -146,6 +147,7 @@ def test_whatever_comes_the_numbers_are_finite(groups: list[list[tuple[str, floa
     assert sum(run.counts) == run.total.num_captions
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=6), max_size=60))
 def test_duplicates_and_repeats_are_counted_as_a_list_of_all_captions_would(groups: list[list[str]]) -> None:
     run, before = Run("run"), set[str]()
@@ -164,6 +166,7 @@ def test_256_equal_captions_are_one_flat_group() -> None:
     assert found["length_correlation"] is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-30, 30), min_size=1, max_size=50), st.none() | st.just(Expected(2.0, 1.5)))
 def test_the_histogram_counts_every_score_up_to_its_edge(scores: list[float], expected: Expected | None) -> None:
     run = told([(["x"] * len(scores), scores)], expected)
@@ -243,6 +246,7 @@ def test_looking_at_a_run_keeps_it_no_longer_alive() -> None:
     assert runs.find("a") is None
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.lists(st.tuples(st.sampled_from("abcdefghijklmnop"), st.integers(1, ESTABLISHED + 2)), max_size=60))
 def test_there_are_never_too_many_and_the_last_one_is_always_there(max_runs: int, turns: list[tuple[str, int]]) -> None:
     gone: list[str] = []

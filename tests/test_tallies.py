@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.tallies import NO_SPREAD, Expected, History, Recent, Tally, merged, moments_of, tally_of
@@ -130,6 +130,7 @@ def test_a_tally_that_is_merged_is_not_changed() -> None:
     assert (repr(one), repr(two)) == before
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2000), st.sampled_from([2, 8, 16]), st.integers(1, 5))
 def test_a_history_of_any_length_is_whole_and_bounded(num: int, max_points: int, num_groups: int) -> None:
     history = History(max_points=max_points, num_groups=num_groups)
@@ -144,9 +145,13 @@ def test_a_history_of_any_length_is_whole_and_bounded(num: int, max_points: int,
     assert firsts == sorted(firsts)
     assert all(point.ended_s - point.began_s + 1 == point.num_groups for point in points), "neighbours only"
     assert merged(points).num_groups == num
+    whole = history.whole()
+    assert merged(whole).num_groups == num
+    assert all(2 * point.num_groups >= points[0].num_groups for point in whole)
     assert merged(points).all.score == pytest.approx((num - 1) / 2)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400), st.integers(1, 4), st.integers(1, 6))
 def test_recent_groups_are_the_last_ones(num: int, num_blocks: int, num_groups: int) -> None:
     recent = Recent(num_blocks=num_blocks, num_groups=num_groups)

@@ -3,7 +3,7 @@
 
 const EVERY_MS = 3000;
 const HEIGHT = 210;
-const EDGE = { left: 48, right: 12, top: 12, bottom: 34 };
+const EDGE = { left: 54, right: 12, top: 12, bottom: 38 };
 const NUMBERS = `/runs/${location.pathname.split("/").pop()}/statistics`;
 const NAME = decodeURIComponent(location.pathname.split("/").pop());
 const at = (id) => document.getElementById(id);
@@ -75,7 +75,7 @@ class Plane {
     }
     for (const value of ticks(...this.xs, width < 420 ? 4 : 6)) {
       const anchor = this.x(value) > width - 30 ? "end" : "middle";
-      this.svg.append(drawn("text", { x: Math.min(this.x(value), width - 4), y: HEIGHT - 18, "text-anchor": anchor }, number(value)));
+      this.svg.append(drawn("text", { x: Math.min(this.x(value), width - 4), y: HEIGHT - 22, "text-anchor": anchor }, number(value)));
     }
     this.svg.append(drawn("text", { x: (EDGE.left + width - EDGE.right) / 2, y: HEIGHT - 3, "text-anchor": "middle" }, xLabel));
     const middle = (HEIGHT - EDGE.bottom + EDGE.top) / 2;
@@ -162,12 +162,13 @@ function empty(title, width, why) {
 function histogram(run, width) {
   const { edges, counts } = run.histogram;
   const total = run.total.captions;
-  const bins = counts.map((count, index) => {
-    const low = index ? edges[index - 1] : Math.min(run.total.min, edges[0]);
-    const high = index < edges.length ? edges[index] : Math.max(run.total.max, edges[edges.length - 1]);
-    return { low, high, count, density: high > low ? count / total / (high - low) : 0 };
-  });
-  const filled = bins.filter((bin) => bin.count && bin.high > bin.low);
+  const narrowest = Math.min(...edges.slice(1).map((edge, index) => edge - edges[index]));
+  const bins = counts.map((count, index) => ({ low: edges[index - 1] ?? -Infinity, high: edges[index] ?? Infinity, count }));
+  const filled = bins.filter((bin) => bin.count);
+  const [first, last] = [filled[0], filled[filled.length - 1]]; // these reach no further than the scores do
+  first.low = Math.min(Math.max(first.low, run.total.min), first.high === Infinity ? run.total.min : first.high - narrowest);
+  last.high = Math.max(Math.min(last.high, run.total.max), last.low + narrowest);
+  for (const bin of filled) bin.density = bin.count / total / (bin.high - bin.low);
   const told = run.expected;
   const ends = told ? [told.mean - 3.5 * told.std, told.mean + 3.5 * told.std] : [];
   const xs = [Math.min(...filled.map((bin) => bin.low), ...ends), Math.max(...filled.map((bin) => bin.high), ...ends)];
@@ -205,8 +206,10 @@ function means(run, width) {
   const told = run.expected;
   const values = [...points.flatMap((point) => [point.min, point.max]), ...(told ? [told.mean] : [])];
   const last = run.recent;
-  const said = `lately ${number(last.mean)}, within a group ± ${number(last.group_spread)}`;
-  const plane = new Plane(width, domain(xs), [Math.min(...values), Math.max(...values)], { xLabel: X_LABEL, yLabel: "score", label: `Mean score over the run: at first ${number(points[0].mean)}, ${said}` });
+  const [low, high] = widened([Math.min(...values), Math.max(...values)]);
+  const room = 0.05 * (high - low);
+  const said = `lately ${number(last.mean)}` + (known(last.group_spread) ? `, within a group ± ${number(last.group_spread)}` : "");
+  const plane = new Plane(width, domain(xs), [low - room, high + room], { xLabel: X_LABEL, yLabel: "score", label: `Mean score over the run: at first ${number(points[0].mean)}, ${said}` });
   plane.band(points.map((point, index) => [xs[index], point.min, point.max]), "range");
   plane.band(around, "band");
   if (told) plane.level(told.mean, "expected");
@@ -231,24 +234,27 @@ const shareText = (value) => percent(value);
 function flat(run, width) {
   if (!run.total.compared_groups) return empty("Groups without spread", width, "every group had a single caption");
   return course(run, width, {
-    title: "Groups without spread", said: `lately ${percent(run.recent.flat_share)}: nothing is learned from these`,
+    title: "Groups without spread", said: `lately ${percent(run.recent.flat_share)}` + (run.recent.flat_share ? ": nothing is learned from these" : ""),
     lines: [["flat_share", ""]], ys: [0, 1], limits: [run.limits.flat_share], yLabel: "share of groups", text: shareText, key: [],
   });
 }
 
 function correlation(run, width) {
   const title = "Score against length";
-  if (!known(run.total.length_correlation)) return empty(title, width, "scores or lengths never differ within a group");
+  const isGrouped = run.total.compared_groups > 0;
+  const field = isGrouped ? "length_correlation" : "length_correlation_overall";
+  const overall = `${signed(run.recent.length_correlation_overall)} over all captions`;
+  if (!known(run.total[field])) return empty(title, width, `scores or lengths never differ${isGrouped ? " within a group" : ""}`);
   return course(run, width, {
-    title, said: `lately r = ${signed(run.recent.length_correlation)} within groups, ${signed(run.recent.length_correlation_overall)} overall`,
-    lines: [["length_correlation", "r = "]], ys: [-1, 1], limits: [run.limits.length_correlation, -run.limits.length_correlation],
-    yLabel: "correlation r", text: (value) => (value === 0 ? "0" : signed(value, 1)), key: [["", "within groups"]],
+    title, said: isGrouped ? `lately r = ${signed(run.recent.length_correlation)} within groups, ${overall}` : `lately r = ${overall}`,
+    lines: [[field, "r = "]], ys: [-1, 1], limits: [run.limits.length_correlation, -run.limits.length_correlation],
+    yLabel: "correlation r", text: (value) => (value === 0 ? "0" : signed(value, 1)), key: [["", isGrouped ? "within groups" : "over all captions"]],
   });
 }
 
 function copies(run, width) {
   return course(run, width, {
-    title: "Captions met before", said: `lately ${percent(run.recent.duplicate_share)} twice in their group, ${percent(run.recent.repeat_share)} in an earlier one`,
+    title: "Captions word for word again", said: `lately ${percent(run.recent.duplicate_share)} in the same group, ${percent(run.recent.repeat_share)} in an earlier one`,
     lines: [["duplicate_share", "same group "], ["repeat_share", "earlier group "]], ys: [0, 1], limits: [...new Set([run.limits.duplicate_share, run.limits.repeat_share])],
     yLabel: "share of captions", text: shareText, key: [["", "in the same group"], ["second", "in an earlier group"]],
   });
@@ -285,9 +291,9 @@ function figures(run) {
     ["mean score", number(last.mean), "drift"],
     ["spread within groups", number(last.group_spread), "spread_fell"],
     ["groups without spread", percent(last.flat_share), "no_spread"],
-    ["score against length, r", signed(last.length_correlation), "length"],
-    ["twice in their group", percent(last.duplicate_share), "duplicates"],
-    ["in an earlier group", percent(last.repeat_share), "repeats"],
+    ["score against length, r", signed(last.compared_groups ? last.length_correlation : last.length_correlation_overall), "length"],
+    ["twins in their group", percent(last.duplicate_share), "duplicates"],
+    ["met in earlier groups", percent(last.repeat_share), "repeats"],
     ["drift", known(last.drift) ? `${signed(last.drift)} σ` : "unknown", "drift"],
     ["spread, of training's", known(last.std_ratio) ? `${number(last.std_ratio)} ×` : "unknown", "std_ratio"],
     ["beyond ± 3 σ", percent(last.outside_share), "outside"],
@@ -313,8 +319,8 @@ function notes(run) {
 
 function plots(run) {
   const place = at("plots");
-  if (!run.total.captions) return place.replaceChildren();
   drawnWidth = place.clientWidth;
+  if (!run.total.captions || drawnWidth < 200) return place.replaceChildren();
   const columns = Math.max(1, Math.floor((drawnWidth + 14) / 354));
   const width = Math.floor((drawnWidth - 14 * (columns - 1)) / columns) - 30; // without the padding and border of a figure
   place.replaceChildren(...[histogram, means, flat, correlation, copies, drift].map((plot) => plot(run, width)));
