@@ -77,6 +77,13 @@ class Metrics:
         )
         self.wasted_items = self._counter("reward_wasted_items_total", "Captions computed for clients that had left or no longer waited.")
         self.scores = self._histogram("reward_score", "Scores sent.", _SCORES)
+        self.score_magnitudes = self._counter(
+            "reward_score_magnitude_total",
+            "Magnitudes of the scores sent, by sign: positive, negative; less one another, their sum.",
+            ("sign",),
+        )
+        for sign in ("positive", "negative"):
+            self.score_magnitudes.labels(sign)
         self.group_stddev = self._histogram(
             "reward_group_score_stddev", "Spread of the scores of one group; none means no learning signal.", _SPREADS
         )
@@ -131,7 +138,7 @@ class Metrics:
         self.run_mean = self._gauge("reward_run_score_mean", "Mean score of the last groups of a run.", run)
         self.run_length_correlation = self._gauge(
             "reward_run_length_correlation",
-            "Correlation of score and characters within the last groups of a run, over all captions if each came by itself; NaN if unknown.",
+            "Correlation of score and characters within the last groups of a run, over all if each came by itself; NaN if unknown.",
             run,
         )
         self.run_drift = self._gauge(

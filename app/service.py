@@ -352,6 +352,8 @@ class ScoringService:
         self._metrics.items.labels("null").inc(len(scores) - len(found))
         for score in found:
             self._metrics.scores.observe(score)
+        self._metrics.score_magnitudes.labels("positive").inc(sum(score for score in found if score > 0))
+        self._metrics.score_magnitudes.labels("negative").inc(-sum(score for score in found if score < 0))
         if len(found) > 1:
             self._metrics.group_stddev.observe(statistics.pstdev(found))
 

@@ -250,3 +250,14 @@ async def test_metrics_name_the_route_and_not_the_run(application: Served) -> No
     assert 'http_route="/runs/{run_id}"' in shown
     assert 'http_route="/runs/{run_id}/statistics"' in shown
     assert "two" not in shown
+
+
+async def test_of_scores_on_both_sides_of_0_the_sum_is_exposed() -> None:
+    """A histogram with buckets below 0 has none, and the alert on a shift of the mean needs one."""
+    async with serving(scorer=OracleScorer(lambda group, row: 40.0 - len(row))) as served:
+        answer = await served.client.post("/score", json={**BODY, "captions": ["x" * length for length in range(1, 40, 7)]})
+        magnitudes = [served.metric("reward_score_magnitude_total", sign=sign) for sign in ("positive", "negative")]
+        assert min(magnitudes) > 0
+        assert magnitudes[0] - magnitudes[1] == pytest.approx(sum(answer.json()["scores"]))
+        shown = (await served.client.get("/metrics")).text
+        assert "reward_score_sum" not in shown

@@ -91,7 +91,8 @@ def series() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {name: set() for name in LINUX_PROCESS_SERIES} | PROMETHEUS_SERIES
     for metric in vars(Metrics()).values():
         for family in metric.describe() if hasattr(metric, "describe") else ():
-            for suffix in SUFFIXES[family.type]:
+            hidden = {"_sum"} if min(getattr(metric, "_upper_bounds", [0])) < 0 else set()  # of what may be below 0 no sum is exposed
+            for suffix in set(SUFFIXES[family.type]) - hidden:
                 found[family.name + suffix] = {*metric._labelnames, *({"le"} if suffix == "_bucket" else ())}
     return found
 
