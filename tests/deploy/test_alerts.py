@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from app.api.middleware import COUNTED_ROUTES
+from app.runs import LIMITS
 from app.settings import PREFIX, Settings
 from tests.deploy.test_deploy import DEPLOY, FLUSH_S, ROOT, SETTINGS, TARGET_LABELS, compose, expression_faults, metric_names, series
 
@@ -38,6 +39,7 @@ WATCHED = {
     "callers near their timeout": {"PunchlineNearTimeout"},
     "refused requests": {"PunchlineRejecting"},
     "a collapse of the scores": {"PunchlineSpreadCollapsed", "PunchlineScoresShifted"},
+    "training runs that hack their reward": {"PunchlineRunWithoutSpread", "PunchlineRunScoresLength", "PunchlineRunDrift"},
     "captions that become too long": {"PunchlineCaptionsTooLong"},
     "caches": {"PunchlineCacheMismatch"},
     "a broken device": {"PunchlineDeviceFault", "PunchlineRestarted"},
@@ -200,6 +202,12 @@ def test_limits_follow_from_the_settings() -> None:
     assert set(matched_values(near["expr"])) == COUNTED_ROUTES - {"/images", "/selftest"}  # those that callers wait for
     assert int(stuck["for"].removesuffix("s")) > settings["drain_notice_s"] + settings["drain_s"] + FLUSH_S
     assert int(re.findall(r"> (\d+)\s", ALERTS["PunchlineGoldenStale"]["expr"])[0]) > settings["canary_s"]
+
+
+def test_limits_of_a_run_are_those_of_its_page() -> None:
+    limits = {"PunchlineRunWithoutSpread": "flat_share", "PunchlineRunScoresLength": "length_correlation", "PunchlineRunDrift": "drift"}
+    for alert, name in limits.items():
+        assert [float(number) for number in re.findall(r">=? ([\d.]+)", ALERTS[alert]["expr"])] == [LIMITS[name], LIMITS["min_captions"]]
 
 
 def test_prometheus_loads_the_rules_that_compose_mounts() -> None:
