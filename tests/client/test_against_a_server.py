@@ -243,3 +243,12 @@ def test_the_client_loads_neither_torch_nor_the_server() -> None:
 def test_what_the_fake_cannot_score_is_refused(kind: Kind, server: Wire) -> None:
     with asking(kind, url_of(server)) as asked, pytest.raises(Refused):
         asked.score(CARTOON, [f"{UNSCORABLE}"])
+
+
+@both
+def test_the_scores_of_a_run_are_in_its_monitors(kind: Kind, server: Wire) -> None:
+    with asking(kind, url_of(server), run_id="grpo-7") as asked:
+        asked.score_groups([Group(CARTOON, CAPTIONS), Group(OTHER, CAPTIONS[:2])])
+        asked.compare(CARTOON, "first", "second")
+    assert server.served.metric("reward_run_score_count", run="grpo-7") == len(CAPTIONS) + 2 + 2
+    assert server.served.metric("reward_run_group_score_stddev_count", run="grpo-7") == 3

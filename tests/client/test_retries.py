@@ -249,3 +249,21 @@ def test_a_retry_leaves_the_generator_of_a_seeded_run_alone(kind: Kind) -> None:
         assert asked.score(None, ["four"]) == [4.0]
         assert asked.slept
     assert random.getstate() == before
+
+
+@both
+def test_every_request_names_its_training_run(kind: Kind) -> None:
+    script = Script(refusing(503), right)
+    with asking(kind, transport=script, run_id="grpo-7") as asked:
+        asked.score(PICTURE, ["a"])
+    assert [request.headers.get("X-Run-Id") for request in script.asked] == ["grpo-7"] * 3
+    with asking(kind, transport=script) as asked:
+        asked.score(PICTURE, ["a"])
+    assert "X-Run-Id" not in script.asked[-1].headers
+
+
+@both
+@pytest.mark.parametrize("run_id", ["", ".", "a/b", "a b", "x" * 65, "ü", "a\r\nX-Evil: 1", "a\n"])
+def test_a_run_id_no_server_takes_is_refused_at_once(kind: Kind, run_id: str) -> None:
+    with pytest.raises(ValueError, match="a run id is"):
+        asking(kind, run_id=run_id).__enter__()
