@@ -4,12 +4,12 @@
 const EVERY_MS = 3000;
 const HEIGHT = 210;
 const EDGE = { left: 54, right: 12, top: 12, bottom: 38 };
-const NUMBERS = `/runs/${location.pathname.split("/").pop()}/statistics`;
-const NAME = decodeURIComponent(location.pathname.split("/").pop());
+const ID = location.pathname.split("/").pop();
 const at = (id) => document.getElementById(id);
 
 let shown = null; // what is drawn now
 let drawnWidth = 0;
+let apiKey = ""; // in memory and nowhere else
 let timer = 0;
 
 // Words
@@ -342,16 +342,15 @@ function say(text) {
 }
 
 async function ask() {
-  const key = sessionStorage.getItem("punchline-key");
-  const answer = await fetch(NUMBERS, { headers: { Accept: "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) } });
+  const answer = await fetch(`${ID}/statistics`, { headers: { Accept: "application/json", ...(apiKey ? { Authorization: `Bearer ${apiKey}` } : {}) } });
   at("unlock").hidden = answer.status !== 401;
   if (answer.ok) {
     show(await answer.json());
     return say("");
   }
   if (answer.status === 401) {
-    at("headline").textContent = key ? "That key does not open this server." : "The numbers are behind the server's key.";
-    sessionStorage.removeItem("punchline-key");
+    at("headline").textContent = apiKey ? "That key does not open this server." : "The numbers are behind the server's key.";
+    apiKey = "";
     clearTimeout(timer);
     timer = -1; // until a key is given
     return say("");
@@ -371,11 +370,11 @@ async function refresh() {
   if (timer === 0) timer = setTimeout(refresh, EVERY_MS);
 }
 
-at("name").textContent = NAME;
-document.title = `${NAME} · Punchline`;
+at("name").textContent = decodeURIComponent(ID);
+document.title = `${decodeURIComponent(ID)} · Punchline`;
 at("unlock").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem("punchline-key", at("key").value.trim());
+  apiKey = at("key").value.trim();
   at("key").value = "";
   refresh();
 });

@@ -236,7 +236,7 @@ async def test_numbers_are_behind_the_key(path: str) -> None:
         assert (await served.client.get(path, headers=key)).status_code in {200, 404, 405}
 
 
-@pytest.mark.parametrize("path", ["/runs/a/b", "/runs//statistics", "/web/run.html", "/web/../main.py", "/web/", "/runs/r/statistics/"])
+@pytest.mark.parametrize("path", ["/runs/a/b", "/runs//statistics", "/web/run.py", "/web/../main.py", "/web/", "/runs/r/statistics/"])
 async def test_other_paths_are_404(application: Served, path: str) -> None:
     answer = await application.client.get(path)
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
