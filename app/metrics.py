@@ -34,6 +34,7 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         self._http()
         self._work()
+        self._scored()
         self._runs()
         self._state()
 
@@ -76,18 +77,6 @@ class Metrics:
             ("outcome",),
         )
         self.wasted_items = self._counter("reward_wasted_items_total", "Captions computed for clients that had left or no longer waited.")
-        self.scores = self._histogram("reward_score", "Scores sent.", _SCORES)
-        self.score_magnitudes = self._counter(
-            "reward_score_magnitude_total",
-            "Magnitudes of the scores sent, by sign: positive, negative; less one another, their sum.",
-            ("sign",),
-        )
-        for sign in ("positive", "negative"):
-            self.score_magnitudes.labels(sign)
-        self.group_stddev = self._histogram(
-            "reward_group_score_stddev", "Spread of the scores of one group; none means no learning signal.", _SPREADS
-        )
-        self.nonfinite = self._counter("reward_nonfinite_total", "Scores that were NaN or infinite; none is ever sent.")
         self.stage_duration = self._histogram(
             "reward_stage_duration_seconds", "Time by stage: decode, encode, queue, forward.", _SECONDS, ("stage",)
         )
@@ -114,6 +103,20 @@ class Metrics:
             "Audited hits (pixels, features, prefixes, scores) that were not what is computed now; alert on any.",
             ("cache",),
         )
+
+    def _scored(self) -> None:
+        self.scores = self._histogram("reward_score", "Scores sent.", _SCORES)
+        self.score_magnitudes = self._counter(
+            "reward_score_magnitude_total",
+            "Magnitudes of the scores sent, by sign: positive, negative; less one another, their sum.",
+            ("sign",),
+        )
+        for sign in ("positive", "negative"):
+            self.score_magnitudes.labels(sign)
+        self.group_stddev = self._histogram(
+            "reward_group_score_stddev", "Spread of the scores of one group; none means no learning signal.", _SPREADS
+        )
+        self.nonfinite = self._counter("reward_nonfinite_total", "Scores that were NaN or infinite; none is ever sent.")
 
     def _runs(self) -> None:
         """Of training runs that requests name; `run` is one of the few that are kept, and its series go when it is forgotten."""

@@ -261,3 +261,27 @@ async def test_of_scores_on_both_sides_of_0_the_sum_is_exposed() -> None:
         assert magnitudes[0] - magnitudes[1] == pytest.approx(sum(answer.json()["scores"]))
         shown = (await served.client.get("/metrics")).text
         assert "reward_score_sum" not in shown
+
+
+QUERIES = {"query": CAPTIONS, "prompts": ["", "", ""], "labels": [{"image": IMAGE}] * 3}
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"), [("/get_reward?run_id=r", {}), ("/get_reward", {"X-Run-Id": "r"}), ("/get_reward?run_id=r", {"X-Run-Id": "r"})]
+)
+async def test_scores_asked_for_in_another_systems_words_are_the_runs_as_well(
+    application: Served, path: str, headers: dict[str, str]
+) -> None:
+    answer = await application.client.post(path, json=QUERIES, headers=headers)
+    assert answer.status_code == 200, answer.text
+    total = (await numbers(application, "r"))["total"]
+    assert (total["groups"], total["captions"], total["mean"]) == (1, 3, pytest.approx(sum(answer.json()["rewards"]) / 3))
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"), [("/get_reward?run_id=a/b", {}), ("/get_reward", {"X-Run-Id": "a b"}), ("/get_reward?run_id=r", {"X-Run-Id": "q"})]
+)
+async def test_an_odd_run_is_refused_there_too(application: Served, path: str, headers: dict[str, str]) -> None:
+    answer = await application.client.post(path, json=QUERIES, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["field"]) == (422, "run_id")
+    assert application.scorer.batches == []

@@ -14,7 +14,7 @@ from app.api.dialects.asked import Asked, Asking, Item, Scored, grouped
 from app.api.dialects.table import DIALECTS, Dialect
 from app.api.leaving import unless_gone
 from app.api.middleware import exchange_of
-from app.api.requests import check_caption_size, check_fingerprint, check_prompt_size, read_json, read_options, timeout_s
+from app.api.requests import check_caption_size, check_fingerprint, check_prompt_size, read_json, read_options, run_id_of, timeout_s
 from app.api.schemas import Options
 from app.errors import TooManyItems
 from app.service import GroupRequest, GroupResult, ScoringService
@@ -67,9 +67,9 @@ class DialectRoutes:
         asked = await read_json(request, dialect.body, self._settings, lambda told: dialect.read(told, asking))
         with self._service.refusing(len(asked.items)):
             check_fingerprint(options, self._card.fingerprint)
-            deadline = self._deadline(options, dialect)
+            deadline, run_id = self._deadline(options, dialect), run_id_of(request, options.run_id)
             requests, places = self._requests(asked)
-        results = await self._score(request, requests, deadline, holds=dialect.patience_s is not None) if requests else []
+        results = await self._score(request, requests, deadline, run_id, holds=dialect.patience_s is not None) if requests else []
         return JsonAnswer(asked.answer(self._scored(request, results, places)))
 
     def _deadline(self, options: Options, dialect: Dialect) -> float:
@@ -90,9 +90,11 @@ class DialectRoutes:
         requests = [_request([asked.items[place] for place in group.places]) for group in groups]
         return requests, [place for group in groups for place in group.places]
 
-    async def _score(self, request: Request, requests: list[GroupRequest], deadline: float, *, holds: bool) -> list[GroupResult]:
+    async def _score(
+        self, request: Request, requests: list[GroupRequest], deadline: float, run_id: str | None, *, holds: bool
+    ) -> list[GroupResult]:
         exchange = exchange_of(request.scope)
-        work = self._service.score(requests, timeout_s=deadline, timing=exchange.timing, caller=exchange.caller, holds=holds)
+        work = self._service.score(requests, timeout_s=deadline, timing=exchange.timing, caller=exchange.caller, holds=holds, run_id=run_id)
         return await unless_gone(request, work)
 
     def _scored(self, request: Request, results: list[GroupResult], places: list[int]) -> Scored:
