@@ -23,7 +23,7 @@ _LEAST_STD = 1e-6  # of the mean, or of 1: a narrower distribution is rounding
 
 
 def expected_of(config: RewardModelConfig) -> Expected | None:
-    """The scores the artifact says it gave in training. None where it says nothing, or nothing that scores can be measured by."""
+    """The scores the artifact says it gave to its validation data. None where it says nothing that scores can be measured by."""
     given = config.score_distribution
     if given is None or abs(given.mean) > MAX_SCORE or not _LEAST_STD * max(1.0, abs(given.mean)) < given.std <= MAX_SCORE:
         return None

@@ -224,7 +224,9 @@ def _drift(recent: Tally, expected: Expected | None) -> Finding | None:
     if found is None or abs(found) <= MAX_DRIFT:
         return None
     side = "above" if found > 0 else "below"
-    text = f"The mean score is {abs(found):.1f} σ {side} what the model saw in training (limit {MAX_DRIFT:g} σ): there it only guesses."
+    text = (
+        f"The mean score is {abs(found):.1f} σ {side} that of the model's validation data (limit {MAX_DRIFT:g} σ): there it only guesses."
+    )
     return Finding("drift", found, MAX_DRIFT, text)
 
 
@@ -232,7 +234,7 @@ def _outside(recent: Tally, expected: Expected | None) -> Finding | None:
     share = recent.outside_share(expected)
     if share is None or share <= MAX_OUTSIDE_SHARE:
         return None
-    text = f"{_percent(share)} of scores lie over 3 σ from the mean in training (limit {_percent(MAX_OUTSIDE_SHARE)}): read those captions."
+    text = f"{_percent(share)} of scores lie over 3 σ from the validation mean (limit {_percent(MAX_OUTSIDE_SHARE)}): read those captions."
     return Finding("outside", share, MAX_OUTSIDE_SHARE, text)
 
 
@@ -242,7 +244,7 @@ def _std_ratio(recent: Tally, expected: Expected | None) -> Finding | None:
     if found is None or least <= found <= most:
         return None
     limit = least if found < least else most
-    text = f"Scores spread {found:.2g} times as wide as in training (limits {least:g} and {most:g})."
+    text = f"Scores spread {found:.2g} times as wide as on the model's validation data (limits {least:g} and {most:g})."
     return Finding("std_ratio", found, limit, text)
 
 

@@ -16,7 +16,7 @@ OUTSIDE = 3.0  # standard deviations of the artifact's scores
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """The scores an artifact gave in training. `std` is above 0."""
+    """The scores an artifact gave to its validation data. `std` is above 0."""
 
     mean: float
     std: float
@@ -98,7 +98,7 @@ class Tally:
     spreads: float = 0.0  # sum of the standard deviations of compared groups
     num_duplicates: int = 0  # captions whose text another caption of the group has as well
     num_repeats: int = 0  # captions whose text an earlier group had
-    num_outside: int = 0  # scores more than three standard deviations from what the artifact had in training
+    num_outside: int = 0  # scores more than three standard deviations from the mean of the artifact's distribution
     lowest: float = math.inf
     highest: float = -math.inf
     began_s: float = math.inf

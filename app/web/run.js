@@ -174,7 +174,7 @@ function histogram(run, width) {
   const xs = [Math.min(...filled.map((bin) => bin.low), ...ends), Math.max(...filled.map((bin) => bin.high), ...ends)];
   const curve = told ? normal(told, xs) : [];
   const top = Math.max(...filled.map((bin) => bin.density), ...curve.map(([, y]) => y));
-  const said = `mean ${number(run.total.mean)}, ${number(run.total.min)} to ${number(run.total.max)}` + (told ? `; in training ${number(told.mean)} ± ${number(told.std)}` : "; training unknown");
+  const said = `mean ${number(run.total.mean)}, ${number(run.total.min)} to ${number(run.total.max)}` + (told ? `; on validation data ${number(told.mean)} ± ${number(told.std)}` : "; validation data unknown");
   const plane = new Plane(width, xs, [0, top * 1.05], { xLabel: "score", yLabel: "share per unit of score", label: `Histogram of ${whole(total)} scores: ${said}` });
   for (const bin of filled) {
     const x = plane.x(bin.low);
@@ -182,7 +182,7 @@ function histogram(run, width) {
     plane.svg.append(drawn("rect", { class: "bar", x: x + 0.5, y, width: Math.max(1, plane.x(bin.high) - x - 1), height: plane.y(0) - y }));
   }
   if (told) plane.svg.append(drawn("path", { class: "expected", d: `M${curve.map(([x, y]) => `${plane.x(x).toFixed(1)} ${plane.y(y).toFixed(1)}`).join("L")}` }));
-  return figure("Scores", said, plane.svg, [["bar", "this run, all of it"], ...(told ? [["expected", "the model in training (normal curve)"]] : [])]);
+  return figure("Scores", said, plane.svg, [["bar", "this run, all of it"], ...(told ? [["expected", "its validation data (normal curve)"]] : [])]);
 }
 
 function normal({ mean, std }, [low, high]) {
@@ -215,7 +215,7 @@ function means(run, width) {
   if (told) plane.level(told.mean, "expected");
   plane.line(points.map((point, index) => [xs[index], point.mean]));
   const read = (index) => `after ${whole(xs[index])}: ${number(points[index].mean)} ± ${number(points[index].group_spread)}, ${number(points[index].min)} to ${number(points[index].max)}`;
-  const key = [["", "mean"], ["band", "± spread within groups"], ["range", "lowest to highest"], ...(told ? [["expected", "mean in training"]] : [])];
+  const key = [["", "mean"], ["band", "± spread within groups"], ["range", "lowest to highest"], ...(told ? [["expected", "mean on validation data"]] : [])];
   return figure("Mean score", said, plane.svg, key, { plane, xs, read });
 }
 
@@ -261,14 +261,14 @@ function copies(run, width) {
 }
 
 function drift(run, width) {
-  const title = "Drift from training";
+  const title = "Drift from validation";
   if (!run.expected) return empty(title, width, "the artifact has no score distribution");
   const values = run.history.map((point) => point.drift);
   const reach = Math.max(run.limits.drift * 1.2, ...values.map(Math.abs));
   return course(run, width, {
     title, said: `lately ${signed(run.recent.drift)} σ; ${percent(run.recent.outside_share)} of scores beyond ± 3 σ`,
     lines: [["drift", ""]], ys: [-reach, reach], limits: [run.limits.drift, -run.limits.drift],
-    yLabel: "σ of training", text: (value) => (value === 0 ? "0" : signed(value, 1)), key: [["", "mean of the run"]],
+    yLabel: "σ of validation", text: (value) => (value === 0 ? "0" : signed(value, 1)), key: [["", "mean of the run"]],
   });
 }
 
@@ -295,7 +295,7 @@ function figures(run) {
     ["twins in their group", percent(last.duplicate_share), "duplicates"],
     ["met in earlier groups", percent(last.repeat_share), "repeats"],
     ["drift", known(last.drift) ? `${signed(last.drift)} σ` : "unknown", "drift"],
-    ["spread, of training's", known(last.std_ratio) ? `${number(last.std_ratio)} ×` : "unknown", "std_ratio"],
+    ["spread, of validation's", known(last.std_ratio) ? `${number(last.std_ratio)} ×` : "unknown", "std_ratio"],
     ["beyond ± 3 σ", percent(last.outside_share), "outside"],
     ["characters a caption", number(last.mean_length), ""],
   ];

@@ -20,7 +20,7 @@ from tests.e2e.server import Server, environment, started
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:8000"
-VARYING = {"request_id", "model_fingerprint"}
+VARYING = {"request_id", "model_fingerprint", "first_seen_s", "last_seen_s"}
 NOT_RUN_HERE = {"docker", "git", "cd"}  # need an engine or the network; `deploy/` says what was built
 
 

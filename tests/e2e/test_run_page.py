@@ -29,7 +29,7 @@ pytestmark = [
 
 KEY = "correct-horse-battery-staple"
 IMAGE = base64.b64encode(picture()).decode()
-PLOTS = ["Scores", "Mean score", "Groups without spread", "Score against length", "Captions word for word again", "Drift from training"]
+PLOTS = ["Scores", "Mean score", "Groups without spread", "Score against length", "Captions word for word again", "Drift from validation"]
 PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
 
 
@@ -81,7 +81,7 @@ def headline(page: Page, start: str) -> str:
 
 @pytest.fixture(scope="module")
 def lengthy() -> Iterator[Wire]:
-    """Scores that are the length, of an artifact that saw such scores in training."""
+    """Scores that are the length, of an artifact whose validation data had such scores."""
     with wire(scorer=OracleScorer(lambda group, row: len(row) / 10), expected=Expected(5.0, 4.0)) as served:
         yield served
 
