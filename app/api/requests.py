@@ -149,7 +149,7 @@ def run_id_of(request: Request, given: str | None = None) -> str | None:
 
     For every route that scores. Raises InvalidRequest: a run whose scores are not counted where its owner looks is worse than an error.
     """
-    named = request.headers.getlist("x-run-id")
+    named = [value.strip(" \t") for value in request.headers.getlist("x-run-id")]
     if len(set(named)) > 1 or (given is not None and named and given != named[0]):
         raise InvalidRequest("the request names two training runs", field="run_id")
     found = named[0] if named else given

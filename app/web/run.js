@@ -370,8 +370,8 @@ async function refresh() {
   if (timer === 0) timer = setTimeout(refresh, EVERY_MS);
 }
 
-at("name").textContent = decodeURIComponent(ID);
-document.title = `${decodeURIComponent(ID)} · Punchline`;
+at("name").textContent = ID; // as it stands in the address: a run's id has nothing to decode
+document.title = `${ID} · Punchline`;
 at("unlock").addEventListener("submit", (event) => {
   event.preventDefault();
   apiKey = at("key").value.trim();

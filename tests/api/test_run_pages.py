@@ -33,6 +33,7 @@ def form(**fields: str) -> list[tuple[str, Any]]:
 BODY: dict[str, Any] = {"image": IMAGE, "captions": CAPTIONS}
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "header": ("/score", {"json": BODY, "headers": {"X-Run-Id": "grpo-7"}}),
+    "header in blanks": ("/score", {"json": BODY, "headers": {"X-Run-Id": " grpo-7\t "}}),
     "field": ("/score", {"json": {**BODY, "run_id": "grpo-7"}}),
     "both": ("/score", {"json": {**BODY, "run_id": "grpo-7"}, "headers": {"X-Run-Id": "grpo-7"}}),
     "header twice": ("/score", {"json": BODY, "headers": [("X-Run-Id", "grpo-7"), ("X-Run-Id", "grpo-7")]}),
