@@ -278,9 +278,10 @@ function verdict(run) {
   const box = at("verdict");
   box.className = `verdict ${run.findings.length ? "ill" : run.early ? "" : "well"}`;
   const wanted = `${run.limits.min_groups} groups and ${run.limits.min_captions} captions`;
-  at("headline").textContent = run.findings.length
-    ? `Looks like reward hacking: ${run.findings.length === 1 ? "one sign" : `${run.findings.length} signs`} in the last ${run.recent.groups} groups.`
-    : run.early ? `Too early to tell: a verdict needs ${wanted}.` : `Nothing looks like reward hacking in the last ${run.recent.groups} groups.`;
+  const signs = run.findings.length === 1 ? "one sign" : `${run.findings.length} signs`;
+  put("headline", run.findings.length
+    ? `Looks like reward hacking: ${signs} in the last groups.`
+    : run.early ? `Too early to tell: a verdict needs ${wanted}.` : "Nothing looks like reward hacking in the last groups.");
   at("findings").replaceChildren(...run.findings.map((finding) => element("li", {}, finding.text)));
 }
 
@@ -337,9 +338,12 @@ function show(run) {
   plots(run);
 }
 
-function say(text) {
-  if (at("state").textContent !== text) at("state").textContent = text;
+function put(id, text) {
+  // Only what is new, for whoever has the page read aloud.
+  if (at(id).textContent !== text) at(id).textContent = text;
 }
+
+const say = (text) => put("state", text);
 
 async function ask() {
   const answer = await fetch(`${ID}/statistics`, { headers: { Accept: "application/json", ...(apiKey ? { Authorization: `Bearer ${apiKey}` } : {}) } });
@@ -349,14 +353,14 @@ async function ask() {
     return say("");
   }
   if (answer.status === 401) {
-    at("headline").textContent = apiKey ? "That key does not open this server." : "The numbers are behind the server's key.";
+    put("headline", apiKey ? "That key does not open this server." : "The numbers are behind the server's key.");
     apiKey = "";
     clearTimeout(timer);
     timer = -1; // until a key is given
     return say("");
   }
   if (answer.status !== 404) return say(`The server answers ${answer.status}; asking again.`);
-  if (!shown) at("headline").textContent = "No scores of this run yet. It begins with the first request that names it, and idle runs make room for new ones.";
+  if (!shown) put("headline", "No scores of this run yet. It begins with the first request that names it, and idle runs make room for new ones.");
   return say(shown ? "The server has forgotten this run; this is what it last said." : "");
 }
 
