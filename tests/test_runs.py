@@ -197,6 +197,23 @@ def test_a_repeat_is_forgotten_after_many_other_captions() -> None:
     assert run.total.num_repeats == 0
 
 
+def test_a_text_that_comes_again_and_again_is_remembered() -> None:
+    run = told([])
+    for number in range(5 * MAX_TEXTS):
+        run.observe([f"{number}", "one"] if number % 500 == 0 else [f"{number}"], [0.0, 1.0][: 2 if number % 500 == 0 else 1], 1.0)
+    assert run.total.num_repeats == 5 * MAX_TEXTS // 500
+
+
+def test_a_few_groups_among_captions_one_at_a_time_say_nothing_of_length() -> None:
+    source = random.Random(0)
+    run = told(healthy(128, size=1))
+    for _ in range(5):
+        captions = texts(source, 2)
+        run.observe(captions, [len(caption) / 10 for caption in captions], 1.0)
+    assert run.recent.length_correlation == pytest.approx(1, abs=0.01)
+    assert "length" not in codes(run)
+
+
 # Which runs are kept
 
 
