@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,18 +12,14 @@ import httpx
 import pytest
 
 from app.tallies import Expected
+from tests.e2e.browser import ANSWERED_BADLY, browsing, missing
 from tests.fakes import OracleScorer, picture
 from tests.wire.server import Wire, wire
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-HAS_DRIVER = importlib.util.find_spec("playwright") is not None
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(not (CHROMIUM and HAS_DRIVER), reason="needs chromium (apt-get install chromium) and playwright (the extra e2e)"),
-]
+pytestmark = [pytest.mark.e2e, pytest.mark.skipif(bool(missing()), reason=missing())]
 
 KEY = "correct-horse-battery-staple"
 IMAGE = base64.b64encode(picture()).decode()
@@ -35,12 +29,8 @@ PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touc
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with browsing() as running:
         yield running
-        running.close()
 
 
 @contextmanager
@@ -56,7 +46,7 @@ def opened(browser: Browser, server: Wire, run_id: str, **options: Any) -> Itera
         yield page
     finally:
         context.close()
-    assert [text for text in complaints if not text.startswith("Failed to load resource")] == []
+    assert [text for text in complaints if not text.startswith(ANSWERED_BADLY)] == []
     assert [url for url in asked if not url.startswith((url_of(server), "data:"))] == []
 
 
@@ -100,6 +90,16 @@ def test_a_hacked_run_is_called_so_and_drawn(browser: Browser, lengthy: Wire, op
         assert page.locator("svg .bar").count() > 1
         assert page.locator("svg path.line").count() >= 6
         assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), "nothing scrolls sideways"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(browser: Browser, lengthy: Wire, scheme: str) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    feed(lengthy, "read", 40)
+    with opened(browser, lengthy, "read", color_scheme=scheme, bypass_csp=True) as page:
+        headline(page, "Looks like")
+        assert Axe().run(page).response["violations"] == []
 
 
 def test_new_scores_appear_without_a_reload(browser: Browser, lengthy: Wire) -> None:
