@@ -62,10 +62,7 @@ class Terms:
 
     def __post_init__(self) -> None:
         """Raises ValueError."""
-        if self.run_id is not None and not _RUN_ID.fullmatch(self.run_id):
-            raise ValueError(
-                f"a run id is 1 to 64 letters, digits, dots, hyphens and underscores, a letter or digit first: {self.run_id!r}"
-            )
+        check_run_id(self.run_id)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -173,6 +170,12 @@ class KnownPictures:
 def unknown_again(request: Request, unknown: ImageUnknown) -> Exception:
     """What is raised when a picture is unknown although all bytes at hand were just sent: for the rest no attempt will do."""
     return Again(unknown) if all(picture.data is not None for picture in request.pictures) else unknown
+
+
+def check_run_id(run_id: str | None) -> None:
+    """Raises ValueError for one that no server takes."""
+    if run_id is not None and not _RUN_ID.fullmatch(run_id):
+        raise ValueError(f"a run id is 1 to 64 letters, digits, dots, hyphens and underscores, a letter or digit first, not {run_id!r}")
 
 
 def base_urls(given: str | Sequence[str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from math import isfinite
 from typing import Any
 
 from app.client.blocking import RewardClient
-from app.client.calls import base_urls
+from app.client.calls import base_urls, check_run_id
 from app.client.concurrent import AsyncRewardClient
 from app.client.rollouts import Missing, Refused, Rules
 
@@ -29,9 +29,11 @@ class Told:
     fingerprint: str | None = None
     missing: Missing = "whole"
     refused: Refused = "raise"
+    run_id: str | None = None
 
     def __post_init__(self) -> None:
         base_urls(self.urls)
+        check_run_id(self.run_id)
         Rules(self.missing, self.refused)
         for name, value in (("deadline_s", self.deadline_s), ("attempt_s", self.attempt_s)):
             if not isinstance(value, int | float) or not isfinite(value) or value <= 0:
@@ -48,7 +50,7 @@ class Told:
     @property
     def terms(self) -> dict[str, Any]:
         """Of a client, threaded or not."""
-        return {name: getattr(self, name) for name in ("api_key", "deadline_s", "attempt_s", "fingerprint")}
+        return {name: getattr(self, name) for name in ("api_key", "deadline_s", "attempt_s", "fingerprint", "run_id")}
 
 
 def told(**given: Any) -> Told:

@@ -37,9 +37,19 @@ def test_without_an_address_nothing_is_guessed() -> None:
 
 
 def test_everything_can_be_told() -> None:
-    tell(url="http://a, http://b/", api_key="key", deadline_s="30", attempt_s="1.5", fingerprint="f", missing="none", refused="-5")
+    tell(
+        url="http://a, http://b/",
+        api_key="key",
+        deadline_s="30",
+        attempt_s="1.5",
+        fingerprint="f",
+        missing="none",
+        refused="-5",
+        run_id="grpo-7",
+    )
     found = told()
-    assert found == Told("http://a, http://b/", "key", 30.0, 1.5, "f", "none", -5.0)
+    assert found == Told("http://a, http://b/", "key", 30.0, 1.5, "f", "none", -5.0, "grpo-7")
+    assert found.terms["run_id"] == "grpo-7"
     assert found.urls == ["http://a", "http://b/"]
     assert found.rules.may_give_none
     assert "key'" not in repr(found)
@@ -69,6 +79,7 @@ def test_a_typo_is_named(name: str) -> None:
         ("url", "rewards:8000"),
         ("url", ","),
         ("url", "http://a,http://a"),
+        ("run_id", "a/b"),
         ("deadline_s", "soon"),
         ("deadline_s", "0"),
         ("deadline_s", "-1"),
