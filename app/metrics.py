@@ -160,6 +160,14 @@ class Metrics:
             "reward_run_monitor_faults_total", "Groups that a run's monitor failed to count; they were answered, and the log says why."
         )
 
+    @property
+    def of_runs(self) -> tuple[Histogram | Counter | Gauge, ...]:
+        """All that have series of a run."""
+        return (
+            *(self.run_scores, self.run_spread, self.run_mean, self.run_length_correlation, self.run_drift, self.run_std_ratio),
+            *(self.run_flat_groups, self.run_duplicates, self.run_repeats, self.run_outside, self.run_unusable),
+        )
+
     def _state(self) -> None:
         self.queue_items = self._gauge("reward_queue_items", "Captions admitted and not yet answered.")
         self.queue_tokens = self._gauge("reward_queue_tokens", "Tokens admitted and not yet answered.")

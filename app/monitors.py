@@ -96,17 +96,7 @@ class RunMonitors:
     def _forgotten(self, run_id: str) -> None:
         metrics = self._metrics
         self._series.pop(run_id, None)
-        for metric in (
-            *(metrics.run_scores, metrics.run_spread, metrics.run_flat_groups, metrics.run_duplicates, metrics.run_repeats),
-            *(
-                metrics.run_outside,
-                metrics.run_unusable,
-                metrics.run_mean,
-                metrics.run_length_correlation,
-                metrics.run_drift,
-                metrics.run_std_ratio,
-            ),
-        ):
+        for metric in metrics.of_runs:
             metric.remove(run_id)
         metrics.runs_forgotten.inc()
         log.info("a training run made room for another; %d are kept", len(self.runs))
