@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import statistics
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from app.artifacts import RewardModelConfig
 
+_HELD_S = (0.25, 0.75)  # between two attempts of a request that waits for room
 OnItemError = Literal["fail", "null"]
 
 
@@ -184,15 +186,16 @@ class ScoringService:
         return [_result(group, own) for group, own in zip(prepared, jobs, strict=True)]
 
     async def _hold(self, attempt: Callable[[float], Coroutine[Any, Any, list[GroupResult]]], timeout_s: float) -> list[GroupResult]:
-        """Attempts as long as there is no room; the last refusal is raised when the next would come too late."""
+        """Attempts as long as there is no room, the last one at the deadline; its refusal is raised."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:
                 return await attempt(max(0.0, deadline - time.monotonic()))
-            except Overloaded as full:
-                if time.monotonic() + full.retry_after_s >= deadline:
+            except Overloaded:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
                     raise
-                await asyncio.sleep(full.retry_after_s)
+                await asyncio.sleep(min(random.uniform(*_HELD_S), left_s))  # noqa: S311 (so that they do not come back as one)
 
     @contextmanager
     def refusing(self, num_captions: int) -> Iterator[None]:

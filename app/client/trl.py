@@ -52,12 +52,12 @@ async def _rewards(
 
 
 def _pictures(columns: Mapping[str, Any], num_rows: int) -> list[Source]:
-    """Of the column, else of the messages of the prompts, where TRL puts them for policies that see."""
-    for name in _IMAGE_COLUMNS:
-        if (values := columns.get(name)) is not None:
-            return [source_of(value) for value in values]
-    prompts = columns.get("prompts")
-    return [None] * num_rows if prompts is None else [source_of(_shown(prompt)) for prompt in prompts]
+    """Of each row the first there is: in the columns, or in the messages of its prompt, where TRL puts them for policies that see."""
+    given = [columns[name] for name in _IMAGE_COLUMNS if columns.get(name) is not None]
+    if (prompts := columns.get("prompts")) is not None:
+        given.append([_shown(prompt) for prompt in prompts])
+    rows = zip(*given, strict=True) if given else [()] * num_rows
+    return [next((found for value in row if (found := source_of(value)) is not None), None) for row in rows]
 
 
 def _shown(prompt: str | Sequence[Mapping[str, Any]]) -> list[Any]:

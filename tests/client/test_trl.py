@@ -183,6 +183,19 @@ def test_rows_of_another_task_have_no_picture_and_get_none(server: Wire) -> None
     assert called(of(server), ["x", "y"], images=[[], None]) == [None, None]
 
 
+def test_a_column_without_a_picture_hides_none_in_another(server: Wire) -> None:
+    """A merged data set has every column in every row. Only one that is looked at must have one picture a row."""
+    shown = [{"role": "user", "content": [{"type": "image", "image": CARTOON}]}]
+    several = [[CARTOON, OTHER]] * 2
+    for columns in (
+        {"image": [None] * 2, "images": [[CARTOON]] * 2},
+        {"reward_image": [None, CARTOON], "image": [CARTOON] * 2},
+        {"image": [None] * 2, "prompts": [shown] * 2},
+        {"reward_image": [CARTOON] * 2, "images": several},
+    ):
+        assert called(of(server), ["a", "b"], **columns) == called(of(server), ["a", "b"], image=[CARTOON] * 2)
+
+
 def test_an_empty_step(server: Wire) -> None:
     assert called(of(server), [], image=[]) == []
     assert called(of(server), []) == []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from app.errors import InvalidRequest, RequestError
 from app.preference import probability
 
 
@@ -13,7 +16,7 @@ from app.preference import probability
 class Item:
     """One caption to score, with what it is a caption of. `where` it stood in the request names it in errors."""
 
-    caption: str
+    caption: str | None  # None: not to be told from its prompt, and the request says what it gets
     where: str
     image: str | None = None  # as in our own API: base64, a `data:` URL or an id; None: a text-only model
     prompt: str | None = None  # None: the artifact's own
@@ -49,6 +52,20 @@ class Asking:
     takes_images: bool
     params: Mapping[str, str]
 
+    @property
+    def refused(self) -> float | None:
+        """The client's own number for captions that cannot be scored; None: they fail the request. Raises InvalidRequest."""
+        text = self.params.get("refused")
+        if text is None:
+            return None
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise InvalidRequest("refused is a finite number", field="refused")
+        return number
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -59,11 +76,21 @@ class Group:
     places: tuple[int, ...]
 
 
-def grouped(items: Sequence[Item]) -> list[Group]:
-    """Every item in one group, groups in the order they first come."""
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """A fault that names no field is this one's."""
+    try:
+        yield
+    except RequestError as error:
+        error.field = error.field or where
+        raise
+
+
+def grouped(items: Sequence[Item], places: Sequence[int]) -> list[Group]:
+    """The items at these places, each in one group, groups in the order they first come."""
     found: dict[tuple[str | None, str | None], list[int]] = {}
-    for place, item in enumerate(items):
-        found.setdefault((item.image, item.prompt), []).append(place)
+    for place in places:
+        found.setdefault((items[place].image, items[place].prompt), []).append(place)
     return [Group(image, prompt, tuple(places)) for (image, prompt), places in found.items()]
 
 

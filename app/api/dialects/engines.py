@@ -10,10 +10,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from app.api.dialects.asked import Asked, Asking, Item, Scored, activated
-from app.api.dialects.chats import last_user, split_chat, without_end
+from app.api.dialects.asked import Asked, Asking, Item, Scored, activated, placed
+from app.api.dialects.chats import last_user, split_or_none, without_end, without_picture
 from app.api.dialects.pictures import named_in, needed
-from app.api.dialects.wire import Engine, Message, Texts, texts_of
+from app.api.dialects.wire import Engine, Message, Texts, texts_of, words_of_user
 from app.errors import InvalidRequest
 
 
@@ -32,10 +32,18 @@ class ChatsRequest(Engine):
         return self
 
 
-class PoolingRequest(ChatsRequest):
-    """As `/classify`, the score as a vector of one number."""
+class VectorRequest(ChatsRequest):
+    """As `/classify`, the score as a vector of one number. OpenAI's own client asks for base64: one little-endian float32."""
 
     encoding_format: Literal["float", "base64"] = "float"
+
+    def vector(self, score: float) -> list[float] | str:
+        return [score] if self.encoding_format == "float" else base64.b64encode(struct.pack("<f", score)).decode("ascii")
+
+
+class PoolingRequest(VectorRequest):
+    """vLLM's `/pooling`."""
+
     task: Literal["classify", "token_classify", "score"] | None = None
 
     @model_validator(mode="after")
@@ -54,21 +62,20 @@ def read_classify(told: ChatsRequest, asking: Asking) -> Asked:
     return _asked(told, asking, "classify", datum)
 
 
-def read_embeddings(told: ChatsRequest, asking: Asking) -> Asked:
+def read_embeddings(told: VectorRequest, asking: Asking) -> Asked:
     """verl reads `data[-1].embedding[-1]` where its rollouts run on SGLang."""
 
     def datum(index: int, score: float) -> dict[str, Any]:
-        return {"object": "embedding", "index": index, "embedding": [score]}
+        return {"object": "embedding", "index": index, "embedding": told.vector(score)}
 
     return _asked(told, asking, "embd", datum)
 
 
 def read_pooling(told: PoolingRequest, asking: Asking) -> Asked:
-    """`base64`: one little-endian float32."""
+    """vLLM's examples read `data[i].data`."""
 
     def datum(index: int, score: float) -> dict[str, Any]:
-        packed = base64.b64encode(struct.pack("<f", score)).decode("ascii")
-        return {"index": index, "object": "pooling", "data": [score] if told.encoding_format == "float" else packed}
+        return {"index": index, "object": "pooling", "data": told.vector(score)}
 
     return _asked(told, asking, "pool", datum)
 
@@ -94,32 +101,36 @@ def listed(data: list[dict[str, Any]], scored: Scored, name: str) -> dict[str, A
 
 def _item_of_text(text: str, index: int, told: ChatsRequest, asking: Asking) -> Item:
     where = f"input[{index}]"
-    before, caption = split_chat(text)
-    named = named_in([("label", told.label), ("metadata", told.metadata)], before, where)
-    image = needed(named.image, where, takes_images=asking.takes_images)
-    prompt = named.prompt if asking.takes_images or named.prompt is not None else last_user(before) or None
-    return Item(caption, where, image, prompt)
+    with placed(where):
+        before, caption = split_or_none(text, None, may_fail=asking.refused is not None)
+        if caption is None:
+            return Item(None, where)
+        named = named_in([("label", told.label), ("metadata", told.metadata)], before)
+        image = needed(named.image, where, takes_images=asking.takes_images)
+        said = None if asking.takes_images else without_picture(last_user(before)) or None
+    return Item(caption, where, image, said if named.prompt is None else named.prompt)
 
 
 def _item_of_messages(messages: list[Message], told: ChatsRequest, asking: Asking) -> Item:
     """The last turn is the caption, the words of the user's before it the prompt. One turn alone is a caption with its picture."""
-    images = [image for message in messages for image in message.images]
-    if len(images) > 1:
-        raise InvalidRequest("a score is of one image", field="messages", code="several_images")
-    words = _prompt_of(messages)
-    places = [("label", told.label), ("metadata", told.metadata), *(("messages", {"image": image}) for image in images)]
-    named = named_in(places, words or "", "messages")
-    image = needed(named.image, "messages", takes_images=asking.takes_images)
-    return Item(without_end(texts_of(messages[-1])), "messages", image, named.prompt if named.prompt is not None else words)
+    with placed("messages"):
+        images = [image for message in messages for image in message.images]
+        if len(images) > 1:
+            raise InvalidRequest("a score is of one image", code="several_images")
+        before = _before_caption(messages)
+        places = [("label", told.label), ("metadata", told.metadata), *(("messages", {"image": image}) for image in images)]
+        named = named_in(places, "\n".join(map(texts_of, before)))
+        image = needed(named.image, "messages", takes_images=asking.takes_images)
+        words = words_of_user(before).strip() or None
+    return Item(without_end(texts_of(messages[-1])), "messages", image, words if named.prompt is None else named.prompt)
 
 
-def _prompt_of(messages: list[Message]) -> str | None:
+def _before_caption(messages: list[Message]) -> list[Message]:
     """Raises InvalidRequest where several turns do not end with an assistant's that answers a user's."""
     if len(messages) == 1 and messages[0].role == "user":
-        return None
+        return []
     if len(messages) < 2 or messages[-1].role != "assistant" or messages[-1].images:
-        raise InvalidRequest("messages end with the assistant's, which is the caption, after a user's", field="messages")
-    user = next((message for message in reversed(messages[:-1]) if message.role == "user"), None)
-    if user is None:
-        raise InvalidRequest("messages have no user's turn", field="messages")
-    return texts_of(user) or None
+        raise InvalidRequest("messages end with the assistant's, which is the caption, after a user's")
+    if all(message.role != "user" for message in messages):
+        raise InvalidRequest("messages have no user's turn")
+    return messages[:-1]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from app.api.dialects.asked import Asked, Asking, Item, Scored, activated
+from app.api.dialects.asked import Asked, Asking, Item, Scored, activated, placed
 from app.api.dialects.engines import listed
 from app.api.dialects.pictures import is_picture, needed
 from app.api.dialects.wire import Engine, OneSide, Peer, Side, Sides
@@ -49,7 +50,7 @@ class RerankRequest(Engine):
     texts: list[Text] | None = None
     top_n: int | None = Field(None, ge=0, description="Only so many, the best; 0: all.")
     return_documents: bool | None = None
-    return_text: bool = False
+    return_text: bool | None = None
     raw_scores: bool | None = None
     instruction: Text | None = Field(None, description="The prompt, if not the artifact's own.")
 
@@ -57,6 +58,8 @@ class RerankRequest(Engine):
     def _one_form(self) -> RerankRequest:
         if (self.documents is None) == (self.texts is None):
             raise PydanticCustomError("one_form", "send either documents or texts")
+        if self.raw_scores is not None and self.use_activation is not None and self.raw_scores == self.use_activation:
+            raise PydanticCustomError("contradiction", "raw_scores and use_activation contradict each other")
         return self
 
 
@@ -64,7 +67,7 @@ class PredictRequest(Peer):
     """text-embeddings-inference: a text, a pair, or a list of lists of one or two texts. The first of a pair is the image."""
 
     inputs: Text | list[Text] | list[list[Text]] = Field(examples=[[[IMAGE_EXAMPLE, "Nice day."]]])
-    raw_scores: bool = Field(False, description="false: the sigmoid of the score, as there.")
+    raw_scores: bool | None = Field(None, description="true: the score; else its sigmoid, as there.")
 
     @model_validator(mode="after")
     def _pairs(self) -> PredictRequest:
@@ -75,7 +78,7 @@ class PredictRequest(Peer):
 
     @property
     def is_batch(self) -> bool:
-        return isinstance(self.inputs, list) and bool(self.inputs) and isinstance(self.inputs[0], list)
+        return isinstance(self.inputs, list) and (not self.inputs or isinstance(self.inputs[0], list))
 
     @property
     def sequences(self) -> list[list[str]]:
@@ -91,11 +94,14 @@ def read_score(told: PairsRequest, asking: Asking) -> Asked:
     others: list[Side] = getattr(told, second)
     if len(ones) not in (1, len(others)):
         raise InvalidRequest("1 and 1, 1 and N, or N and N", field=first)
-    whole = ones * len(others) if len(ones) == 1 else ones
-    names = [first if len(ones) == 1 else f"{first}[{index}]" for index in range(len(others))]
+    names = [first] if len(ones) == 1 else [f"{first}[{index}]" for index in range(len(ones))]
+    queries = [_looked_at(each, name, may_be_picture=asking.takes_images) for each, name in zip(ones, names, strict=True)]
+    repeats = len(others) if len(ones) == 1 else 1
     items = [
-        _item(query, document, (names[index], f"{second}[{index}]"), told.instruction, asking)
-        for index, (query, document) in enumerate(zip(whole, others, strict=True))
+        _item(
+            query, _looked_at(document, f"{second}[{index}]", may_be_picture=False), (name, f"{second}[{index}]"), told.instruction, asking
+        )
+        for index, (query, name, document) in enumerate(zip(queries * repeats, names * repeats, others, strict=True))
     ]
 
     def answer(scored: Scored) -> dict[str, Any]:
@@ -118,7 +124,11 @@ def read_rerank_v2(told: RerankRequest, asking: Asking) -> Asked:
 def _rerank(told: RerankRequest, asking: Asking, *, shows_documents: bool) -> Asked:
     name = "documents" if told.texts is None else "texts"
     documents = told.documents or [] if told.texts is None else [Side(bare=text) for text in told.texts]
-    items = [_item(told.query, each, ("query", f"{name}[{index}]"), told.instruction, asking) for index, each in enumerate(documents)]
+    query = _looked_at(told.query, "query", may_be_picture=asking.takes_images)
+    items = [
+        _item(query, _looked_at(each, f"{name}[{index}]", may_be_picture=False), ("query", f"{name}[{index}]"), told.instruction, asking)
+        for index, each in enumerate(documents)
+    ]
     # text-embeddings-inference gives sigmoids unless raw scores are asked for, the others what `use_activation` says
     use = told.use_activation is True or told.raw_scores is False or (told.texts is not None and told.raw_scores is None)
 
@@ -141,8 +151,8 @@ def read_predict(told: PredictRequest, asking: Asking) -> Asked:
     items = []
     for index, each in enumerate(told.sequences):
         where = f"inputs[{index}]" if told.is_batch else "inputs"
-        query = Side(bare=each[0]) if len(each) == 2 else Side()
-        items.append(_item(query, Side(bare=each[-1]), (where, where), None, asking))
+        query = _looked_at(Side(bare=each[0]) if len(each) == 2 else Side(), where, may_be_picture=asking.takes_images)
+        items.append(_item(query, _Shown(None, each[-1]), (where, where), None, asking))
 
     def answer(scored: Scored) -> Any:
         predictions = [[{"label": "LABEL_0", "score": activated(score, use=not told.raw_scores)}] for score in scored.scores]
@@ -151,26 +161,35 @@ def read_predict(told: PredictRequest, asking: Asking) -> Asked:
     return Asked(items, answer)
 
 
-def _item(query: Side, document: Side, names: tuple[str, str], instruction: str | None, asking: Asking) -> Item:
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """One side, looked at once however many pairs it is in: its picture and its words."""
+
+    picture: str | None
+    words: str | None
+
+
+def _looked_at(side: Side, where: str, *, may_be_picture: bool) -> _Shown:
+    with placed(where):
+        if may_be_picture and side.bare is not None and is_picture(side.bare):
+            return _Shown(side.bare, None)
+        return _Shown(side.picture, side.words)
+
+
+def _item(query: _Shown, document: _Shown, names: tuple[str, str], instruction: str | None, asking: Asking) -> Item:
     """One of the two shows the picture, its words are the prompt then; the other's words are the caption.
 
     A text-only model takes the query's words for the prompt. Raises InvalidRequest.
     """
-    try:
-        shown = [query.picture, document.picture]
-    except InvalidRequest as error:
-        error.field = names[0]
-        raise
-    if asking.takes_images and not any(shown) and query.bare is not None and is_picture(query.bare):
-        shown, query = [query.bare, None], Side()
-    if all(each is not None for each in shown):
+    if query.picture is not None and document.picture is not None:
         raise InvalidRequest("query and document both have an image; a score is of one image and one text", field=names[1])
-    of_image, of_caption, where = (query, document, names[1]) if shown[1] is None else (document, query, names[0])
-    caption = of_caption.words
-    if caption is None:
+    of_image, of_caption, where = (query, document, names[1]) if document.picture is None else (document, query, names[0])
+    if of_caption.words is None:
         raise InvalidRequest("there is no text to score", field=where)
-    image = needed(next((each for each in shown if each is not None), None), names[0], takes_images=asking.takes_images)
-    return Item(caption, where, image, of_image.words if instruction is None else instruction)
+    image = needed(of_image.picture, names[0], takes_images=asking.takes_images)
+    if of_image.words is not None and instruction is not None:
+        raise InvalidRequest("the prompt is there twice: as instruction, and as words of the query", field="instruction")
+    return Item(of_caption.words, where, image, of_image.words if instruction is None else instruction)
 
 
 def _shown(document: Side) -> dict[str, Any]:

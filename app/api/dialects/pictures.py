@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from app.api.bodies import parse_json
+from app.api.dialects.asked import placed
 from app.api.dialects.chats import picture_in
-from app.errors import InvalidRequest
+from app.errors import InvalidJson, InvalidRequest
 
 WAYS = (
     "this model needs an image: put it in the label or the metadata, as JSON with `image`, `image_url`, `image_b64` or `image_id`, or "
@@ -30,19 +31,15 @@ class Named:
     prompt: str | None = None
 
 
-def named_in(places: Sequence[tuple[str, Any]], prompt_text: str, where: str) -> Named:
+def named_in(places: Sequence[tuple[str, Any]], prompt_text: str) -> Named:
     """The first picture that one of the places (name, value) has, else the one that the prompt's text names.
 
-    `where`: names the prompt in errors. Raises InvalidRequest for what is meant as a picture and is none.
+    Raises RequestError for what is meant as a picture and is none.
     """
     found = [_of(value, name) for name, value in places]
     image = next((each.image for each in found if each.image is not None), None)
     if image is None:
-        try:
-            image = picture_in(prompt_text)
-        except InvalidRequest as error:
-            error.field = where
-            raise
+        image = picture_in(prompt_text)
     return Named(image, next((each.prompt for each in found if each.prompt is not None), None))
 
 
@@ -60,24 +57,28 @@ def is_picture(text: str) -> bool:
 
 def _of(value: Any, where: str) -> Named:
     if isinstance(value, str):
-        return _of_text(value, where)
+        return _of_text(value.strip(), where)
     if not isinstance(value, dict):
         return Named()
-    image = next((_text(value[key], f"{where}.{key}") for key in _KEYS if value.get(key) is not None), None)
-    if image is not None and value.get("image_id") == image and _HEX.fullmatch(image):
-        image = f"sha256:{image}"
-    return Named(image, None if value.get("prompt") is None else _text(value["prompt"], f"{where}.prompt"))
+    given = {key: _text(value[key], f"{where}.{key}") for key in _KEYS if value.get(key) is not None}
+    if _HEX.fullmatch(given.get("image_id", "")):
+        given["image_id"] = "sha256:" + given["image_id"]
+    if len(set(given.values())) > 1:
+        raise InvalidRequest(f"{' and '.join(given)} name different images", field=where, code="several_images")
+    prompt = value.get("prompt")
+    return Named(next(iter(given.values()), None), None if prompt is None else _text(prompt, f"{where}.prompt"))
 
 
 def _of_text(text: str, where: str) -> Named:
     """A label may be the picture itself, or JSON; any other text is the trainer's own affair."""
     if text.startswith(_STARTS):
-        return Named(text)
-    if not text.lstrip().startswith("{"):
+        return Named(_text(text, where))
+    if not text.startswith("{"):
         return Named()
     try:
-        told = json.loads(text)
-    except (ValueError, RecursionError):
+        with placed(where):
+            told = parse_json(text.encode("utf-8", "surrogatepass"))
+    except InvalidJson:
         return Named()
     return _of(told, where) if isinstance(told, dict) else Named()
 
@@ -87,4 +88,8 @@ def _text(value: Any, where: str) -> str:
     text = value.get("url") if isinstance(value, dict) else value
     if not isinstance(text, str):
         raise InvalidRequest("an image is base64, a data: URL or an id; a prompt is a text", field=where)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidRequest("the text has lone surrogates", field=where, code="invalid_unicode") from None
     return text

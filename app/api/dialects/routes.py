@@ -16,8 +16,8 @@ from app.api.leaving import unless_gone
 from app.api.middleware import exchange_of
 from app.api.requests import check_caption_size, check_fingerprint, check_prompt_size, read_json, read_options, run_id_of, timeout_s
 from app.api.schemas import Options
-from app.errors import TooManyItems
-from app.service import GroupRequest, GroupResult, ScoringService
+from app.errors import ApiError, CaptionTooLarge, TooManyItems
+from app.service import GroupRequest, GroupResult, OnItemError, ScoringService
 from app.settings import Settings
 
 
@@ -68,40 +68,62 @@ class DialectRoutes:
         with self._service.refusing(len(asked.items)):
             check_fingerprint(options, self._card.fingerprint)
             deadline, run_id = self._deadline(options, dialect), run_id_of(request, options.run_id)
-            requests, places = self._requests(asked)
-        results = await self._score(request, requests, deadline, run_id, holds=dialect.patience_s is not None) if requests else []
-        return JsonAnswer(asked.answer(self._scored(request, results, places)))
+            requests, places = self._requests(asked, asking.refused)
+        rule: OnItemError = "fail" if asking.refused is None else "null"
+        results = await self._score(request, requests, deadline, rule, run_id, holds=dialect.patience_s is not None) if requests else []
+        return JsonAnswer(asked.answer(self._scored(request, asked, results, places, asking.refused)))
 
     def _deadline(self, options: Options, dialect: Dialect) -> float:
+        """No longer than a stopping server takes to answer what it accepted."""
         if options.timeout_ms is None and dialect.patience_s is not None:
-            return min(dialect.patience_s, self._settings.max_timeout_ms / 1000)
+            return min(dialect.patience_s, self._settings.max_timeout_ms / 1000, self._settings.drain_s)
         return timeout_s(options, self._settings)
 
-    def _requests(self, asked: Asked) -> tuple[list[GroupRequest], list[int]]:
+    def _requests(self, asked: Asked, refused: float | None) -> tuple[list[GroupRequest], list[int]]:
         """A group for each image and prompt, and where in the request each of its captions stands, group after group."""
         if len(asked.items) > self._settings.max_captions:
             raise TooManyItems(f"at most {self._settings.max_captions} captions a request", field=asked.items[-1].where)
-        for item in asked.items:
-            check_prompt_size(item.prompt, item.where, self._settings)
-            check_caption_size(item.caption, item.where, self._settings)
-        groups = grouped(asked.items)
+        wanted = [place for place, item in enumerate(asked.items) if self._is_wanted(item, refused)]
+        groups = grouped(asked.items, wanted)
         if len(groups) > self._settings.max_groups:
             raise TooManyItems(f"at most {self._settings.max_groups} images or prompts a request", field=asked.items[-1].where)
         requests = [_request([asked.items[place] for place in group.places]) for group in groups]
         return requests, [place for group in groups for place in group.places]
 
+    def _is_wanted(self, item: Item, refused: float | None) -> bool:
+        """Whether the service is asked about it. Raises CaptionTooLarge, unless there is a number for captions that are `refused`."""
+        check_prompt_size(item.prompt, item.where, self._settings)
+        if item.caption is None:
+            return False
+        try:
+            check_caption_size(item.caption, item.where, self._settings)
+        except CaptionTooLarge:
+            if refused is None:
+                raise
+            return False
+        return True
+
     async def _score(
-        self, request: Request, requests: list[GroupRequest], deadline: float, run_id: str | None, *, holds: bool
+        self, request: Request, requests: list[GroupRequest], deadline: float, rule: OnItemError, run_id: str | None, *, holds: bool
     ) -> list[GroupResult]:
         exchange = exchange_of(request.scope)
-        work = self._service.score(requests, timeout_s=deadline, timing=exchange.timing, caller=exchange.caller, holds=holds, run_id=run_id)
+        work = self._service.score(
+            requests,
+            timeout_s=deadline,
+            on_item_error=rule,
+            timing=exchange.timing,
+            caller=exchange.caller,
+            holds=holds,
+            run_id=run_id,
+        )
         return await unless_gone(request, work)
 
-    def _scored(self, request: Request, results: list[GroupResult], places: list[int]) -> Scored:
-        scores = [score for result in results for score in result.scores if score is not None]
-        by_place = dict(zip(places, scores, strict=True))
+    def _scored(self, request: Request, asked: Asked, results: list[GroupResult], places: list[int], refused: float | None) -> Scored:
+        """`refused` stands for what has no score; there is none without it, since one caption then fails all."""
+        found = dict(zip(places, (score for result in results for score in result.scores), strict=True))
+        scores = [refused if found.get(place) is None else found[place] for place in range(len(asked.items))]
         return Scored(
-            scores=tuple(by_place[place] for place in range(len(places))),
+            scores=tuple(_number(score) for score in scores),
             num_tokens=sum(result.num_tokens for result in results),
             model=self._card.name,
             request_id=exchange_of(request.scope).request_id,
@@ -109,11 +131,17 @@ class DialectRoutes:
         )
 
 
+def _number(score: float | None) -> float:
+    if score is None:
+        raise ApiError("a caption without a score", code="internal_shape")
+    return score
+
+
 def _request(items: list[Item]) -> GroupRequest:
-    """Items of one image and prompt."""
+    """Items of one image and prompt, each with a caption."""
     first = items[0]
-    wheres = tuple(item.where for item in items)
-    return GroupRequest(tuple(item.caption for item in items), first.image, first.prompt, field=first.where, caption_fields=wheres)
+    wheres, captions = tuple(item.where for item in items), tuple(item.caption for item in items if item.caption is not None)
+    return GroupRequest(captions, first.image, first.prompt, field=first.where, caption_fields=wheres)
 
 
 def _body(dialect: Dialect) -> dict[str, Any]:

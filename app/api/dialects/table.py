@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.api.dialects.asked import Asked, Asking
-from app.api.dialects.engines import ChatsRequest, PoolingRequest, read_classify, read_embeddings, read_pooling
+from app.api.dialects.engines import ChatsRequest, PoolingRequest, VectorRequest, read_classify, read_embeddings, read_pooling
 from app.api.dialects.pairs import (
     PairsRequest,
     PredictRequest,
@@ -24,7 +24,7 @@ from app.api.dialects.wire import Peer
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """`patience_s`: how long its clients wait for an answer before they try again, which is how long a full queue may make them wait;
-    None: what other requests get. `params`: query parameters of its own."""
+    None: what other requests get. `params`: query parameters of its own; `refused` for trainers, who can say it nowhere else."""
 
     path: str
     of: str
@@ -35,10 +35,10 @@ class Dialect:
 
 
 DIALECTS = (
-    Dialect("/get_reward", "OpenRLHF", GetRewardRequest, read_get_reward, patience_s=150),
-    Dialect("/rm", "slime", RmRequest, read_rm, patience_s=100, params=frozenset({"format"})),
-    Dialect("/classify", "vLLM, verl", ChatsRequest, read_classify, patience_s=100),
-    Dialect("/v1/embeddings", "verl with SGLang", ChatsRequest, read_embeddings, patience_s=100),
+    Dialect("/get_reward", "OpenRLHF", GetRewardRequest, read_get_reward, patience_s=150, params=frozenset({"refused"})),
+    Dialect("/rm", "slime", RmRequest, read_rm, patience_s=100, params=frozenset({"format", "refused"})),
+    Dialect("/classify", "vLLM, verl", ChatsRequest, read_classify, patience_s=100, params=frozenset({"refused"})),
+    Dialect("/v1/embeddings", "verl with SGLang", VectorRequest, read_embeddings, patience_s=100, params=frozenset({"refused"})),
     Dialect("/pooling", "vLLM", PoolingRequest, read_pooling),
     Dialect("/v1/score", "vLLM", PairsRequest, read_score),
     Dialect("/rerank", "vLLM, infinity, text-embeddings-inference", RerankRequest, read_rerank),

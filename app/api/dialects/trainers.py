@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from app.api.dialects.asked import Asked, Asking, Item, Scored, activated
-from app.api.dialects.chats import last_user, split_chat, without_end
+from app.api.dialects.asked import Asked, Asking, Item, Scored, activated, placed
+from app.api.dialects.chats import last_user, split_or_none, without_end, without_picture
 from app.api.dialects.pictures import named_in, needed
-from app.api.dialects.wire import Message, Peer, texts_of
+from app.api.dialects.wire import Message, Peer, texts_of, words_of_user
 from app.api.schemas import Text
 from app.errors import InvalidRequest
 
@@ -53,24 +53,21 @@ def read_get_reward(told: GetRewardRequest, asking: Asking) -> Asked:
         if given is not None and len(given) != num:
             raise InvalidRequest(f"{len(given)} for {num} queries", field=name)
     items = [
-        _item_of_chat(
-            query, told.prompts[index] if told.prompts else None, told.labels[index] if told.labels else None, index, asking.takes_images
-        )
+        _item_of_chat(query, told.prompts[index] if told.prompts else None, told.labels[index] if told.labels else None, index, asking)
         for index, query in enumerate(told.query)
     ]
     return Asked(items, lambda scored: _rewards(items, scored))
 
 
-def _item_of_chat(query: str, prompt: str | None, label: Any, index: int, takes_images: bool) -> Item:
+def _item_of_chat(query: str, prompt: str | None, label: Any, index: int, asking: Asking) -> Item:
     where = f"query[{index}]"
-    try:
-        before, caption = split_chat(query, prompt)
-    except InvalidRequest as error:
-        error.field = where
-        raise
-    named = named_in([(f"labels[{index}]", label)], before or prompt or "", where)
-    image = needed(named.image, f"labels[{index}]", takes_images=takes_images)
-    asked = named.prompt if takes_images or named.prompt is not None else last_user(prompt or before) or None
+    with placed(where):
+        before, caption = split_or_none(query, prompt, may_fail=asking.refused is not None)
+        if caption is None:
+            return Item(None, where)
+        named = named_in([(f"labels[{index}]", label)], before)
+        image = needed(named.image, f"labels[{index}]", takes_images=asking.takes_images)
+        asked = named.prompt if asking.takes_images or named.prompt is not None else last_user(prompt or before) or None
     return Item(caption, where, image, asked)
 
 
@@ -78,22 +75,32 @@ def _rewards(items: list[Item], scored: Scored) -> RewardsAnswer:
     return RewardsAnswer(
         rewards=list(scored.scores),
         scores=[activated(score, use=True) for score in scored.scores],
-        extra_logs={"caption_chars": [float(len(item.caption)) for item in items]},
+        extra_logs={"caption_chars": [float(len(item.caption or "")) for item in items]},
     )
 
 
 def read_rm(told: RmRequest, asking: Asking) -> Asked:
     """Raises InvalidRequest for a `format` that is none."""
     form = _form(asking.params)
-    chat = told.prompt if isinstance(told.prompt, str) else "\n".join(texts_of(message) for message in told.prompt)
-    places = [("label", told.label), ("metadata", told.metadata)]
-    if not isinstance(told.prompt, str):
-        places += [(f"prompt[{index}]", {"image": image}) for index, message in enumerate(told.prompt) for image in message.images]
-    named = named_in(places, chat, "prompt")
+    with placed("prompt"):
+        named = named_in([("label", told.label), ("metadata", told.metadata), *_shown(told.prompt)], _words(told.prompt))
+        prompt = named.prompt if asking.takes_images or named.prompt is not None else _said(told.prompt) or None
     image = needed(named.image, "label", takes_images=asking.takes_images)
-    prompt = named.prompt if asking.takes_images or named.prompt is not None else _said(told.prompt) or None
     item = Item(without_end(told.response), "response", image, prompt)
     return Asked([item], lambda scored: _reward(item, scored, form))
+
+
+def _shown(prompt: str | list[Message]) -> list[tuple[str, Any]]:
+    """The picture among the messages."""
+    turns = [] if isinstance(prompt, str) else prompt
+    found = [(f"prompt[{index}]", {"image": image}) for index, message in enumerate(turns) for image in message.images]
+    if len(found) > 1:
+        raise InvalidRequest("a score is of one image", code="several_images")
+    return list(found)
+
+
+def _words(prompt: str | list[Message]) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(texts_of(message) for message in prompt)
 
 
 def _form(params: Any) -> Literal["number", "dict"]:
@@ -104,13 +111,12 @@ def _form(params: Any) -> Literal["number", "dict"]:
 
 
 def _said(prompt: str | list[Message]) -> str:
-    """What a text-only model takes for the prompt: what the user said last."""
+    """What a text-only model takes for the prompt: the user's words, of one turn. Raises InvalidRequest (`several_turns`)."""
     if isinstance(prompt, str):
-        return last_user(prompt)
-    said = [texts_of(message) for message in prompt if message.role == "user"]
-    return said[-1] if said else ""
+        return without_picture(last_user(prompt))
+    return words_of_user(prompt)
 
 
 def _reward(item: Item, scored: Scored, form: str) -> float | RewardAnswer:
     (score,) = scored.scores
-    return score if form == "number" else RewardAnswer(reward=score, caption_chars=len(item.caption))
+    return score if form == "number" else RewardAnswer(reward=score, caption_chars=len(item.caption or ""))

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from app.api.dialects.chats import without_picture
 from app.api.schemas import Text
 from app.errors import InvalidRequest
 
@@ -41,6 +42,8 @@ class Part(Peer):
             raise PydanticCustomError("part_unknown", "a part is one of " + ", ".join(kinds))
         if (self.picture is None) == (self.text is None):
             raise PydanticCustomError("part_unclear", "a part has a text or an image")
+        if self.type is not None and (self.type in _TEXT_KINDS) != (self.text is not None):
+            raise PydanticCustomError("part_unclear", "a part is of another type than what it has")
         return self
 
     @property
@@ -117,6 +120,9 @@ class Engine(Peer):
     mm_processor_kwargs: dict[str, Any] | None = None
     chat_template: Text | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    activation: bool | None = None  # older names of use_activation
+    softmax: bool | None = None
+    normalize: bool | None = None
 
     @model_validator(mode="after")
     def _only_ours(self) -> Engine:
@@ -124,7 +130,17 @@ class Engine(Peer):
         for name in ("mm_processor_kwargs", "chat_template", "chat_template_kwargs"):
             if getattr(self, name):
                 raise PydanticCustomError("not_changeable", f"{name} cannot be changed: the artifact says how it is to be encoded")
+        if self.activation or self.softmax or self.normalize:
+            raise PydanticCustomError("not_changeable", "for numbers between 0 and 1 send use_activation")
         return self
+
+
+def words_of_user(messages: list[Message]) -> str:
+    """What the user said, of one turn, without the id of a picture. Raises InvalidRequest (`several_turns`)."""
+    said = [message for message in messages if message.role == "user"]
+    if len(said) > 1:
+        raise InvalidRequest("several turns of the user's, of which one would be the prompt", code="several_turns")
+    return without_picture(texts_of(said[0])) if said else ""
 
 
 def texts_of(message: Message) -> str:
