@@ -29,12 +29,16 @@ def map_case(context: Any, case: Any) -> Any:
     return case
 
 
+_PROMPT = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+
+
 def _rewards(body: dict[str, Any]) -> dict[str, Any]:
-    return {"query": body["query"], "labels": [_IMAGE_ID] * len(body["query"])}
+    num = len(body["query"])
+    return {"query": [_PROMPT + query for query in body["query"]], "prompts": [_PROMPT] * num, "labels": [_IMAGE_ID] * num}
 
 
 def _chats(body: dict[str, Any]) -> dict[str, Any]:
-    return {"input": body["input"] if isinstance(body.get("input"), str) else "a", "label": _IMAGE_ID}
+    return {"input": _PROMPT + (body["input"] if isinstance(body.get("input"), str) else "a"), "label": _IMAGE_ID}
 
 
 def _pairs(body: dict[str, Any]) -> dict[str, Any]:
