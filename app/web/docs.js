@@ -126,9 +126,13 @@ function typeOf(schema) {
   return [schema.format === "binary" ? "bytes" : (schema.type ?? "anything")].flat().join(" or ");
 }
 
-const LIMITS = { minimum: "at least", exclusiveMinimum: "more than", maximum: "at most", minItems: "at least so many:", maxItems: "at most so many:", minLength: "shortest:", maxLength: "longest:", pattern: "matches", default: "without it" };
+const LIMITS = { minimum: "at least", exclusiveMinimum: "more than", maximum: "at most", minItems: "length at least", maxItems: "length at most", minLength: "length at least", maxLength: "length at most", pattern: "matches", default: "without it" };
 
-const limitsOf = (schema) => Object.entries(LIMITS).filter(([name]) => (schema[name] ?? null) !== null).map(([name, words]) => `${words} ${typeof schema[name] === "object" ? JSON.stringify(schema[name]) : schema[name]}`);
+function limitsOf(schema) {
+  const own = Object.keys(LIMITS).filter((name) => (schema[name] ?? null) !== null);
+  const said = own.map((name) => `${LIMITS[name]} ${typeof schema[name] === "object" ? JSON.stringify(schema[name]) : schema[name]}`);
+  return [...(choices(schema) ?? []).flatMap(limitsOf), ...said];
+}
 
 /** The fields of every object that a schema stands for, as lists; null when it stands for none. `above` are the names it came through. */
 function fieldsOf(schema, above = []) {

@@ -38,6 +38,7 @@ function missing(area) {
 
 async function ask(options = {}) {
   if (state.running) return;
+  clear("rows");
   clear("asking");
   const turn = ++state.turn;
   try {
@@ -130,6 +131,7 @@ function cancel() {
 
 /** Something the answer depends on is another: what is shown is of before. */
 function changed(area = null) {
+  clear("rows");
   if (area) unmark(area);
   stop();
   byId("outdated").hidden = !state.answered;
@@ -138,7 +140,7 @@ function changed(area = null) {
 /** Nothing was added: what is there stays as it is. */
 function tooMany(num, most, area) {
   const message = `that would be ${num.toLocaleString("en")} captions, and this server takes ${most.toLocaleString("en")} at a time; nothing was added`;
-  showFault(new Fault({ code: null, message, index: area ? 0 : null }), { about: "asking", fields: [area] });
+  showFault(new Fault({ code: null, message, index: area ? 0 : null }), { about: "rows", fields: [area] });
 }
 
 /* The key */

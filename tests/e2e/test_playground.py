@@ -759,6 +759,7 @@ def test_a_long_list_is_pasted_at_once_and_one_too_long_is_refused(browser: Brow
         assert visit.fault() == "Caption 3: That would be 2,001 captions, and this server takes 2,000 at a time; nothing was added."
         assert typed(visit) == ["typed before", "and this", ""]
         paste(visit, "\n".join(f"line {number}" for number in range(1998)))
+        assert visit.page.get_by_role("alert").inner_text() == ""
         assert len(typed(visit)) == 2000
         assert visit.field("Caption 2000").input_value() == "line 1997"
         assert visit.page.evaluate("window.numNamed") <= 2 * 2003
