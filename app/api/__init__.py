@@ -34,6 +34,8 @@ def create_app(service: ScoringService, settings: Settings, card: Card, metrics:
         title="Punchline",
         version=__version__,
         description="Preference scores for captions.",
+        docs_url=None,  # its viewer comes from a CDN; /docs is a page of our own
+        redoc_url=None,
         redirect_slashes=False,
         lifespan=_with_schema,
     )

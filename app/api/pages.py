@@ -1,4 +1,4 @@
-"""The files a browser is given: the playground's page, that of training runs and the drawn cartoons, read once, each at a path of its own.
+"""The files a browser is given: the pages of the playground, the API and training runs, and the drawn cartoons, read once.
 
 Knows bytes, media types and the headers that confine a page; not what a score is. A path is looked up and never joined to a folder.
 """
@@ -17,7 +17,11 @@ from app.artifacts import DEMO_PATH
 
 WEB = Path(__file__).parents[1] / "web"
 CARTOONS = DEMO_PATH / "cartoons"
-PLACES = {"index.html": "/", "run.html": "/runs/{run_id}"}  # the page of a run is the same for every run, and says nothing of any
+PLACES = {
+    "index.html": "/",
+    "docs.html": "/docs",
+    "run.html": "/runs/{run_id}",
+}  # the page of a run is the same for every run, and says nothing of any
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",

@@ -17,23 +17,30 @@ const ADVICE = {
   too_many_tokens: "Take some captions out.",
 };
 
-/** Show a fault; `fields` are the captions' text areas in the order they were sent. `retry` is offered where it can help. */
-export function showFault(fault, { fields = [], retry = null, retryLabel = "Try again" } = {}) {
+const PLACES = { card: "The model: ", drawn: "The drawn cartoons: " };
+const shown = new Map(); // by what it is about: the box, and the field at fault if one is
+
+/** Show a fault in place of the last one about the same; `fields` are the captions' text areas in the order they were sent. `retry` is offered where it can help. */
+export function showFault(fault, { about, fields = [], retry = null, retryLabel = "Try again" }) {
+  clearFault(about);
   const area = fieldOf(fault, fields);
   const said = sentence(fault);
   if (area) mark(area, said);
   const details = [fault.code, fault.field, fault.requestId && `request ${fault.requestId}`].filter(Boolean).join(" · ");
-  const box = el("div", { className: "fault" }, el("p", {}, el("strong", {}, placeOf(fault, area)), said));
+  const box = el("div", { className: "fault" }, el("p", {}, el("strong", {}, placeOf(fault, area) || (PLACES[about] ?? "")), said));
   if (fault.code) box.append(el("p", { className: "note" }, details));
   if (fault.retryable && retry) box.append(el("button", { type: "button", onclick: retry }, retryLabel));
-  byId("faults").replaceChildren(box);
+  byId("faults").append(box);
+  shown.set(about, { box, area });
   if (area) area.focus();
   else box.scrollIntoView({ block: "nearest" });
 }
 
-export function clearFaults() {
-  byId("faults").replaceChildren();
-  for (const area of document.querySelectorAll("[aria-invalid]")) unmark(area);
+export function clearFault(about) {
+  const { box, area } = shown.get(about) ?? {};
+  shown.delete(about);
+  box?.remove();
+  if (area) unmark(area);
 }
 
 export function unmark(area) {

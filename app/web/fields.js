@@ -21,14 +21,17 @@ export function fit(area) {
   area.style.height = `${area.scrollHeight + 2}px`;
 }
 
-/** The ranking's rows. `changed` is called when what they hold has changed. */
+/** The ranking's rows. `changed` is called when what they hold has changed, `tooMany` when nothing was added because they would be more than `most`. */
 export class Rows {
+  most = 256;
   #list = byId("rows");
   #changed;
+  #tooMany;
   #untouched = true;
 
-  constructor(changed) {
+  constructor(changed, tooMany) {
     this.#changed = changed;
+    this.#tooMany = tooMany;
     this.fill([]);
   }
 
@@ -46,9 +49,9 @@ export class Rows {
   }
 
   fill(texts) {
+    const empty = Array(Math.max(0, MIN_ROWS - texts.length)).fill("");
     this.#list.replaceChildren();
-    for (const text of texts) this.add(text);
-    while (this.areas.length < MIN_ROWS) this.add();
+    this.#insert([...texts, ...empty]);
     this.#untouched = true;
   }
 
@@ -56,21 +59,41 @@ export class Rows {
   append(texts) {
     const present = new Set(this.areas.map((area) => area.value));
     const kept = this.filled.map((area) => area.value);
-    this.fill([...kept, ...texts.filter((text) => !present.has(text))]);
+    const all = [...kept, ...texts.filter((text) => !present.has(text))];
+    if (this.#refuses(all.length)) return;
+    this.fill(all);
     this.#untouched = false;
     this.#changed();
   }
 
-  add(text = "", before = null) {
+  /** A new, empty row, before another or at the end; null when there are as many captions as may be. */
+  add(before = null) {
+    return this.#refuses(this.filled.length + 1) ? null : this.#insert([""], before)[0];
+  }
+
+  #refuses(num, area = null) {
+    if (num > this.most) this.#tooMany(num, this.most, area);
+    return num > this.most;
+  }
+
+  /** Rows are numbered once, however many come: each number is an attribute of the page. */
+  #insert(texts, before = null) {
+    const made = texts.map((text) => this.#row(text));
+    const rows = document.createDocumentFragment();
+    rows.append(...made.map(({ row }) => row));
+    this.#list.insertBefore(rows, before);
+    this.#number();
+    return made.map(({ area }) => area);
+  }
+
+  #row(text) {
     const { area, note } = captionField("Caption", text);
     const row = el("li", {}, area, el("button", { type: "button", className: "remove", textContent: "×" }), note);
     area.addEventListener("input", () => this.#edited(area));
     area.addEventListener("keydown", (event) => this.#keyed(event, area));
     area.addEventListener("paste", (event) => this.#pasted(event, area));
     row.querySelector("button").addEventListener("click", () => this.#remove(row));
-    this.#list.insertBefore(row, before);
-    this.#number();
-    return area;
+    return { row, area };
   }
 
   #edited(area) {
@@ -85,7 +108,7 @@ export class Rows {
     if (event.key === "Enter" && !event.shiftKey) {
       event.preventDefault();
       const next = row.nextElementSibling?.querySelector("textarea");
-      (next?.value === "" ? next : this.add("", row.nextElementSibling)).focus();
+      (next?.value === "" ? next : this.add(row.nextElementSibling))?.focus();
     } else if (event.key === "Backspace" && area.value === "" && this.areas.length > 1) {
       event.preventDefault();
       this.#remove(row, { backwards: true });
@@ -98,9 +121,10 @@ export class Rows {
     if (lines.length < 2) return;
     event.preventDefault();
     const [first, ...others] = lines;
+    if (this.#refuses(this.filled.filter((each) => each !== area).length + lines.length, area)) return;
     area.setRangeText(first, area.selectionStart, area.selectionEnd, "end");
     const next = area.closest("li").nextElementSibling;
-    const added = others.map((line) => this.add(line, next));
+    const added = this.#insert(others, next);
     this.#edited(area);
     added.at(-1).focus();
   }
@@ -108,8 +132,8 @@ export class Rows {
   #remove(row, { backwards = false } = {}) {
     const neighbour = (backwards && row.previousElementSibling) || row.nextElementSibling || row.previousElementSibling;
     row.remove();
-    if (!neighbour) this.add();
-    this.#number();
+    if (neighbour) this.#number();
+    else this.#insert([""]);
     (neighbour ?? this.#list.firstElementChild).querySelector("textarea").focus();
     this.#untouched = false;
     this.#changed();

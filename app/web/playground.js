@@ -3,15 +3,17 @@
 import { Fault, Picture, Server } from "./asking.js";
 import { curlLine } from "./curl.js";
 import { byId, el } from "./dom.js";
-import { clearFaults, showFault, unmark } from "./faults.js";
+import { clearFault, showFault, unmark } from "./faults.js";
 import { Pair, Rows, fit } from "./fields.js";
 import { addUsage, showComparison, showRanking } from "./result.js";
+import * as shapes from "./shapes.js";
 
 const LABELS = { rank: ["Rank captions", "Ranking…"], compare: ["Compare", "Comparing…"] };
 const server = new Server();
-const rows = new Rows(changed);
+const rows = new Rows(changed, tooMany);
 const pair = new Pair(changed, () => byId("ask").focus());
-const state = { card: null, picture: null, suggested: [], turn: 0, running: null, answered: false };
+const state = { card: null, picture: null, suggested: [], turn: 0, choice: 0, running: null, answered: false };
+const outstanding = new Map(); // what failed and can be had again, by what it is for: how
 
 const mode = () => document.querySelector("input[name=mode]:checked").value;
 const takesImages = () => state.card?.model.takes_images !== false;
@@ -36,14 +38,14 @@ function missing(area) {
 
 async function ask(options = {}) {
   if (state.running) return;
-  clearFaults();
+  clear("rows");
+  clear("asking");
   const turn = ++state.turn;
   try {
     const asked = question();
     await answer(turn, { ...asked, body: { ...asked.body, ...options } });
   } catch (fault) {
-    if (fault.area) showFault(fault, { fields: [fault.area] });
-    else show(fault, () => ask(options));
+    show(fault, "asking", () => ask(options), { fields: fault.area && [fault.area] });
   }
 }
 
@@ -52,7 +54,7 @@ async function answer(turn, asked) {
   busy(true);
   const began = performance.now();
   try {
-    const said = await server.postAbout(takesImages() ? state.picture : null, asked.path, asked.body, state.running.signal);
+    const said = await server.postAbout(takesImages() ? state.picture : null, asked.path, asked.body, shapes[asked.path], state.running.signal);
     if (turn === state.turn) present(asked, said, performance.now() - began);
   } catch (fault) {
     if (turn === state.turn) refuse(fault, asked);
@@ -75,7 +77,7 @@ function present(asked, said, milliseconds) {
 function refuse(fault, asked) {
   const longest = fault.code === "deadline_exceeded" ? state.card?.settings.max_timeout_ms : null;
   const again = longest ? { timeout_ms: longest } : {};
-  show(fault, () => ask(again), asked.fields, longest ? `Try again, for up to ${longest / 1000} s` : "Try again");
+  show(fault, "asking", () => ask(again), { fields: asked.fields, retryLabel: longest ? `Try again, for up to ${longest / 1000} s` : "Try again" });
 }
 
 /** On a phone the answer lies below what was typed. */
@@ -83,69 +85,102 @@ function bringIntoView(section) {
   if (section.getBoundingClientRect().top > innerHeight * 0.75) section.scrollIntoView({ block: "start" });
 }
 
-/** A fault where people see it; a missing key is asked for, and then `retry` goes on. */
-function show(fault, retry, fields = [], retryLabel = "Try again") {
+/** A fault where people see it; a missing key is asked for. What `retry` can bring back is outstanding until it did, or is no longer wanted. */
+function show(fault, about, retry, options = {}) {
   if (!(fault instanceof Fault)) throw fault;
-  if (fault.status === 401) askForKey(retry);
-  else showFault(fault, { fields, retry, retryLabel });
+  const needsKey = fault.status === 401;
+  if (needsKey || fault.retryable) outstanding.set(about, retry);
+  if (needsKey) askForKey();
+  else showFault(fault, { ...options, about, retry: tryAgain });
+}
+
+function clear(about) {
+  outstanding.delete(about);
+  clearFault(about);
+}
+
+/** Whatever button of a fault it was: most often one thing is the cause of all. */
+async function tryAgain() {
+  const due = [...outstanding];
+  for (const [about] of due) clear(about);
+  if (byId("key-form").hidden) byId("ask").focus({ preventScroll: true }); // the button is gone
+  await Promise.all(due.map(([, retry]) => retry()));
 }
 
 function busy(is) {
   if (!is) state.running = null;
+  if (!is && document.activeElement === byId("cancel")) byId("ask").focus();
+  byId("cancel").hidden = !is;
   byId("result").setAttribute("aria-busy", String(is));
   byId("ask").setAttribute("aria-disabled", String(is));
   byId("ask").textContent = LABELS[mode()][is ? 1 : 0];
 }
 
-/** Something the answer depends on is another: what runs is not waited for, what is shown is of before. */
-function changed(area = null) {
-  if (area) unmark(area);
+/** What runs is not waited for. */
+function stop() {
   state.turn += 1;
   state.running?.abort();
   busy(false);
+}
+
+/** A picture still on its way is given up as well, or asking again would wait for it. */
+function cancel() {
+  state.picture?.stop();
+  stop();
+}
+
+/** Something the answer depends on is another: what is shown is of before. */
+function changed(area = null) {
+  clear("rows");
+  if (area) unmark(area);
+  stop();
   byId("outdated").hidden = !state.answered;
+}
+
+/** Nothing was added: what is there stays as it is. */
+function tooMany(num, most, area) {
+  const message = `that would be ${num.toLocaleString("en")} captions, and this server takes ${most.toLocaleString("en")} at a time; nothing was added`;
+  showFault(new Fault({ code: null, message, index: area ? 0 : null }), { about: "rows", fields: [area] });
 }
 
 /* The key */
 
-let afterKey = null;
-
-function askForKey(retry) {
-  afterKey = retry;
+function askForKey() {
   byId("key-form").hidden = false;
-  byId("docs").hidden = byId("info").hidden = true; // a link carries no key
-  if (server.hasKey) showFault(new Fault({ code: "unauthorized", message: "the server does not know this one", field: "key" }, 401));
+  byId("info").hidden = true; // a link carries no key
+  if (server.hasKey) showFault(new Fault({ code: "unauthorized", message: "the server does not know this one", field: "key" }, 401), { about: "key" });
   byId("key").focus();
 }
 
 async function useKey(event) {
   event.preventDefault();
-  clearFaults();
+  clear("key");
   try {
     server.useKey(byId("key").value.trim());
   } catch (fault) {
-    showFault(fault);
+    showFault(fault, { about: "key" });
     return;
   }
   byId("key-form").hidden = true;
-  const retry = afterKey;
-  if ((await loadCard()) && retry !== loadCard) await retry();
+  if (await loadCard()) await tryAgain();
 }
 
 /* The model */
 
 async function loadCard() {
+  clear("card");
   try {
-    state.card = await server.call("GET", "info");
+    state.card = await server.call("GET", "info", { shape: shapes.info });
     showCard(state.card);
     return true;
   } catch (fault) {
-    show(fault, loadCard);
+    show(fault, "card", loadCard);
     return false;
   }
 }
 
-function showCard({ model, runtime }) {
+function showCard({ model, runtime, settings }) {
+  rows.most = settings.max_captions ?? rows.most;
   byId("model-name").textContent = model.name ?? "";
   byId("model-runs").textContent = [runtime?.device, runtime?.dtype].filter(Boolean).join(", ");
   byId("fingerprint-short").textContent = model.fingerprint.slice(0, 12);
@@ -159,7 +194,7 @@ function showCard({ model, runtime }) {
 /* The cartoon */
 
 async function choose(picture, suggested = []) {
-  clearFaults();
+  clear("asking");
   state.picture?.close();
   Object.assign(state, { picture, suggested });
   changed();
@@ -189,22 +224,25 @@ async function send(picture) {
     const { width, height, tokens } = await picture.received(server);
     if (picture === state.picture) byId("preview").title = `${width} × ${height} pixels, ${tokens} tokens`;
   } catch (fault) {
-    if (picture === state.picture) show(fault, () => send(picture));
+    if (picture === state.picture && fault.name !== "AbortError") show(fault, "asking", () => send(picture));
   }
 }
 
 function chooseFile(files) {
   const file = [...(files ?? [])].find((each) => each.type.startsWith("image/")) ?? files?.[0];
-  if (file && takesImages()) choose(new Picture(file, file.name || "pasted picture"));
+  if (!file || !takesImages()) return;
+  state.choice += 1;
+  choose(new Picture(file, file.name || "pasted picture"));
 }
 
 async function loadDrawn() {
+  clear("drawn");
   try {
-    const drawn = await server.call("GET", "cartoons/captions.json");
+    const drawn = await server.call("GET", "cartoons/captions.json", { shape: shapes.drawn });
     byId("drawn-list").replaceChildren(...Object.entries(drawn).map(([name, captions]) => el("li", {}, drawnButton(name, captions))));
     byId("drawn").hidden = false;
   } catch (fault) {
-    show(fault, loadDrawn);
+    show(fault, "drawn", loadDrawn);
   }
 }
 
@@ -214,11 +252,14 @@ function drawnButton(name, captions) {
   return el("button", { type: "button", dataset: { name }, aria: { pressed: false }, onclick: () => pick(src, name, captions) }, image);
 }
 
+/** The last choice counts, whichever file comes first. */
 async function pick(src, name, captions) {
+  const choice = ++state.choice;
   try {
-    await choose(new Picture(await server.blob(src), name), captions);
+    const blob = await server.blob(src);
+    if (choice === state.choice) await choose(new Picture(blob, name), captions);
   } catch (fault) {
-    show(fault, () => pick(src, name, captions));
+    if (choice === state.choice) show(fault, "asking", () => pick(src, name, captions));
   }
 }
 
@@ -272,13 +313,14 @@ function changeMode() {
   offerSuggestions();
   if (!ranks && pair.empty) pair.fill(rows.filled.slice(0, 2).map((area) => area.value));
   pair.areas.forEach(fit);
-  clearFaults();
+  clear("asking");
   changed();
 }
 
 byId("asking").addEventListener("submit", (event) => (event.preventDefault(), ask()));
 byId("key-form").addEventListener("submit", useKey);
-byId("add").addEventListener("click", () => rows.add().focus());
+byId("add").addEventListener("click", () => rows.add()?.focus());
+byId("cancel").addEventListener("click", cancel);
 byId("suggest").addEventListener("click", () => (rows.append(state.suggested), offerSuggestions()));
 byId("prompt").addEventListener("input", () => (fit(byId("prompt")), changed(byId("prompt"))));
 byId("file").addEventListener("change", () => chooseFile(byId("file").files));
@@ -306,7 +348,7 @@ document.addEventListener("drop", (event) => {
   if (!isOurs(event)) return;
   event.preventDefault();
   if (event.dataTransfer.files.length) chooseFile(event.dataTransfer.files);
-  else showFault(new Fault({ code: null, message: "that was no file; save the picture first, then drop it here", field: "image" }));
+  else showFault(new Fault({ code: null, message: "that was no file; save the picture first, then drop it here", field: "image" }), { about: "asking" });
 });
 
 loadCard();

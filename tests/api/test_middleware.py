@@ -162,8 +162,7 @@ async def test_the_table_of_routes_is_the_documented_one(application: Served) ->
     ours |= {"/get_reward", "/rm", "/classify", "/v1/embeddings", "/pooling", "/v1/score", "/v1/models", "/predict"}
     ours |= {"/rerank", "/v1/rerank", "/v2/rerank"}
     ours |= {"/runs", "/runs/{run_id}/statistics"}
-    assert ours <= set(all_paths(application))
-    assert set(all_paths(application)) - ours <= {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
+    assert set(all_paths(application)) == ours | {"/openapi.json"}
 
 
 @pytest.mark.parametrize("credential", [f"Bearer {KEY}", f"bearer {KEY}", f"BEARER  {KEY}", f"Bearer {SECOND}"])

@@ -50,7 +50,8 @@ class Markup(HTMLParser):
         self.ids += [value for value in [given.get("id")] if value]
 
 
-MARKUP = Markup(PAGES["/"].body.decode())
+MARKUPS = {path: Markup(page.body.decode()) for path, page in PAGES.items() if page.media_type.startswith("text/html")}
+MODULES = ("/", "/docs")  # the pages made of modules over dom.js
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -134,7 +135,7 @@ async def test_pages_are_open_and_what_they_ask_is_not() -> None:
     async with serving(api_key=KEY) as served:
         for path in PAGES:
             assert (await served.client.get(path)).status_code == 200
-        for path in ("/web/nothing.js", "/web/../info", "/info", "/docs"):
+        for path in ("/web/nothing.js", "/web/../info", "/info", "/openapi.json", "/docs/"):
             assert (await served.client.get(path)).status_code == 401
 
 
@@ -162,7 +163,7 @@ def test_the_package_holds_every_page() -> None:
 
 
 def test_the_page_runs_under_its_own_policy() -> None:
-    assert MARKUP.refused == []
+    assert [markup.refused for markup in MARKUPS.values()] == [[] for _ in MARKUPS]
     scripts = "\n".join(page.body.decode() for path, page in PAGES.items() if path.endswith(".js"))
     for word in (
         "innerHTML",
@@ -178,8 +179,8 @@ def test_the_page_runs_under_its_own_policy() -> None:
 
 
 def test_the_page_refers_only_to_this_server() -> None:
-    known = set(PAGES) | {"/docs", "/info"}
-    assert {urljoin("/", reference) for reference in MARKUP.references} <= known
+    known = set(PAGES) | {"/info", "/openapi.json", "/runs/"}
+    assert {urljoin(place, reference) for place, markup in MARKUPS.items() for reference in markup.references} <= known
     for path, page in PAGES.items():
         if path.endswith((".js", ".css")):
             text = page.body.decode()
@@ -188,10 +189,29 @@ def test_the_page_refers_only_to_this_server() -> None:
             assert "://" not in text.replace(SVG_NAMESPACE, "")
 
 
-def test_scripts_name_only_elements_that_are_there() -> None:
-    named = {name for path, page in PAGES.items() if path.endswith(".js") for name in re.findall(r'byId\("([\w-]+)"\)', page.body.decode())}
-    assert named <= set(MARKUP.ids)
-    assert len(MARKUP.ids) == len(set(MARKUP.ids))
+def scripts_of(path: str) -> set[str]:
+    """The scripts of a page, and all that they import."""
+    found: set[str] = set()
+    pending = [urljoin(path, name) for name in MARKUPS[path].references if name.endswith(".js")]
+    while pending:
+        script = pending.pop()
+        found.add(script)
+        imported = {urljoin(script, name) for name in re.findall(r'from "([^"]+)"', PAGES[script].body.decode())}
+        pending.extend(imported - found)
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_scripts_name_only_elements_that_are_there(path: str) -> None:
+    named = {name for script in scripts_of(path) for name in re.findall(r'byId\("([\w-]+)"\)', PAGES[script].body.decode())}
+    ids = MARKUPS[path].ids
+    assert named
+    assert named <= set(ids)
+    assert len(ids) == len(set(ids))
+
+
+def test_every_script_is_of_a_page() -> None:
+    assert set.union(*map(scripts_of, MARKUPS)) == {path for path in PAGES if path.endswith(".js")}
 
 
 def test_every_drawn_cartoon_has_captions() -> None:

@@ -94,7 +94,7 @@ class Visit:
 
     def fault(self) -> str:
         """What the alert says, once it says something."""
-        self.page.locator("#faults > *").wait_for()
+        self.page.locator("#faults > *").first.wait_for()
         return self.page.get_by_role("alert").inner_text()
 
 

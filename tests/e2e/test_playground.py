@@ -21,7 +21,7 @@ from tests.fakes import UNSCORABLE, OracleScorer, expected_scores, picture
 from tests.wire.server import Wire, eventually, wire
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Route
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -178,6 +178,28 @@ def test_equal_scores_share_a_place(visit: Visit) -> None:
     assert sum("tied" in text for text in visit.page.locator("td.rank").all_inner_texts()) == 2
 
 
+def test_scores_that_differ_look_different(browser: Browser) -> None:
+    values = {"a": -0.00034, "b": -0.00012, "c": 0.00012, "d": -0.7}
+    with wire(scorer=OracleScorer(lambda _, row: values[chr(row[-2])])) as served, quiet(browser, url_of(served)) as visit:
+        give(visit, "drop")
+        visit.type("a", "b")
+        visit.rank()
+        assert visit.page.locator("td.score data").all_inner_texts() == ["−0.0001", "−0.0003"]
+        visit.type("a", "b", "c", "d")
+        visit.rank()
+        assert visit.page.locator("td.score data").all_inner_texts() == ["0.0001", "−0.0001", "−0.0003", "−0.7000"]
+        visit.type("b", "", "", "")
+        visit.rank()
+        assert visit.page.locator("td.score data").all_inner_texts() == ["0.000"]
+        visit.page.get_by_text("Compare two").click()
+        visit.field("Caption A").fill("a")
+        visit.field("Caption B").fill("b")
+        visit.page.get_by_role("button", name="Compare").click()
+        visit.page.locator(".sides").wait_for()
+        assert visit.page.locator(".side dd:has(data)").all_inner_texts()[1::2] == ["−0.0003", "−0.0001"]
+        assert "Margin −0.0002:" in visit.page.locator("#answer").inner_text()
+
+
 def test_the_prompt_counts(visit: Visit) -> None:
     give(visit, "drop")
     visit.type(*CAPTIONS)
@@ -287,6 +309,22 @@ def test_a_key_is_asked_for_tried_and_never_written(browser: Browser) -> None:
         variables = {"PATH": "/usr/bin:/bin", "PUNCHLINE_API_KEY": KEY}
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=True, env=variables)
         assert [place["caption"] for place in json.loads(done.stdout)["ranking"]] == [caption for caption, _ in ranked(PICTURE, CAPTIONS)]
+
+
+def test_what_waits_for_the_key_outlives_a_wrong_one(browser: Browser) -> None:
+    """What was asked before any key was given goes on with the right one."""
+    with wire(api_key=KEY) as served, quiet(browser, url_of(served)) as visit:
+        give(visit, "drop")
+        visit.type(*CAPTIONS)
+        visit.page.get_by_role("button", name="Rank captions").click()
+        visit.page.locator("#result[aria-busy=false]").wait_for()
+        key = visit.page.get_by_label("This server asks for a key")
+        for attempt in ("a-key-that-nobody-has", KEY):
+            key.fill(attempt)
+            key.press("Enter")
+            visit.page.locator("#model" if attempt == KEY else "#faults > *").first.wait_for()
+        assert [caption for caption, _, _ in visit.ranking()] == [caption for caption, _ in ranked(PICTURE, CAPTIONS)]
+        assert visit.page.get_by_role("alert").inner_text() == ""
 
 
 def test_a_key_that_no_header_can_carry_is_refused_here(browser: Browser) -> None:
@@ -412,10 +450,70 @@ def test_trying_again_goes_on_where_it_stopped(visit: Visit) -> None:
     assert [caption for caption, _, _ in visit.ranking()] == [caption for caption, _ in ranked(PICTURE, CAPTIONS)]
 
 
+def test_a_picture_sent_again_leaves_no_fault_behind(visit: Visit) -> None:
+    visit.page.context.set_offline(True)
+    give(visit, "drop")
+    assert "The server did not answer" in visit.fault()
+    visit.page.context.set_offline(False)
+    visit.page.get_by_role("button", name="Try again").click()
+    visit.page.locator("#preview[title*=pixels]").wait_for()
+    assert visit.page.get_by_role("alert").inner_text() == ""
+    assert visit.page.locator("[aria-invalid]").count() == 0
+
+
+def test_one_button_brings_back_all_that_failed(visit: Visit) -> None:
+    failing = ("**/info", "**/cartoons/captions.json")
+    for address in failing:
+        visit.page.route(address, lambda route: route.abort())
+    visit.page.reload()
+    eventually_shown(visit, "#faults > *", 2)
+    said = visit.page.get_by_role("alert").inner_text()
+    assert "The model: The server did not answer" in said
+    assert "The drawn cartoons: The server did not answer" in said
+    visit.page.unroute(failing[0])
+    visit.page.get_by_role("button", name="Try again").first.click()
+    visit.page.locator("#model").wait_for()
+    eventually_shown(visit, "#faults > *", 1)
+    visit.page.unroute(failing[1])
+    visit.page.get_by_role("button", name="Try again").click()
+    visit.drawn(0).wait_for()
+    assert visit.page.get_by_role("alert").inner_text() == ""
+
+
+def eventually_shown(visit: Visit, selector: str, num: int) -> None:
+    visit.page.wait_for_function("([selector, num]) => document.querySelectorAll(selector).length === num", arg=[selector, num])
+
+
+STRANGE = ["null", "[]", "{}", '{"ranking": []}', '{"ranking": [{"rank": 1, "index": 0, "caption": "a", "score": null}], "usage": {}}']
+
+
+@pytest.mark.parametrize("body", STRANGE)
+def test_an_answer_that_is_none_is_said_so(visit: Visit, body: str) -> None:
+    give(visit, "drop")
+    visit.type(*CAPTIONS)
+    visit.page.route("**/rank", lambda route: route.fulfill(body=body, content_type="application/json"))
+    visit.page.get_by_role("button", name="Rank captions").click()
+    assert "is not what was asked for" in visit.fault()
+    assert "unreadable_answer" in visit.fault()
+    visit.page.unroute("**/rank")
+    visit.page.get_by_role("button", name="Try again").click()
+    assert [caption for caption, _, _ in visit.ranking()] == [caption for caption, _ in ranked(PICTURE, CAPTIONS)]
+
+
+@pytest.mark.parametrize("path", ["info", "images", "cartoons/captions.json"])
+def test_any_answer_that_is_none_is_said_so(visit: Visit, path: str) -> None:
+    visit.page.route(f"**/{path}", lambda route: route.fulfill(body='{"a": [1]}', content_type="application/json"))
+    visit.page.reload()
+    visit.page.wait_for_load_state("networkidle")
+    give(visit, "drop")
+    assert "unreadable_answer" in visit.fault()
+
+
 def test_a_server_with_too_much_to_do_is_said_so_with_its_wait(browser: Browser) -> None:
     scorer = OracleScorer()
     with wire(scorer=scorer, max_queue_items=2, max_captions=2) as served, quiet(browser, url_of(served)) as visit:
         give(visit, "drop")
+        visit.page.locator("#preview[title*=pixels]").wait_for()  # the picture on its way holds a place of the queue itself
         visit.type("Nice day.", "Nobody asked.")
         scorer.gate.clear()
         other = threading.Thread(target=httpx.post, args=(f"{url_of(served)}score",), kwargs={"json": TWO, "timeout": 60})
@@ -492,6 +590,72 @@ def test_what_is_shown_of_before_says_so(visit: Visit) -> None:
     assert not note.is_visible()
 
 
+def test_the_cartoon_clicked_last_is_the_one_that_counts(visit: Visit) -> None:
+    first, second = list(SUGGESTED)[:2]
+    visit.page.route(f"**/cartoons/{first}", late)
+    visit.drawn(0).click()
+    visit.drawn(1).click()
+    visit.page.get_by_text(second, exact=True).wait_for()
+    visit.page.wait_for_timeout(LATE_MS * 2)
+    assert visit.page.locator("#drop-text strong").inner_text() == second
+    assert typed(visit) == SUGGESTED[second]
+    assert visit.page.locator("[aria-pressed=true]").get_attribute("data-name") == second
+
+
+def test_a_file_dropped_while_a_cartoon_comes_is_kept(visit: Visit) -> None:
+    first = next(iter(SUGGESTED))
+    visit.page.route(f"**/cartoons/{first}", late)
+    visit.drawn(0).click()
+    give(visit, "drop")
+    visit.page.wait_for_timeout(LATE_MS * 2)
+    assert visit.page.locator("#drop-text strong").inner_text() == "cartoon.png"
+    visit.type(*CAPTIONS)
+    assert shown(visit) == ranked(PICTURE, CAPTIONS)
+
+
+LATE_MS = 700
+
+
+def late(route: Route) -> None:
+    """Answers only after a while, without holding up other routes."""
+    route.request.frame.page.wait_for_timeout(LATE_MS)
+    route.continue_()
+
+
+def test_what_takes_too_long_can_be_cancelled(browser: Browser) -> None:
+    scorer = OracleScorer()
+    with wire(scorer=scorer) as served, quiet(browser, url_of(served)) as visit:
+        cancel = visit.page.get_by_role("button", name="Cancel")
+        give(visit, "drop")
+        visit.type(*CAPTIONS)
+        assert not cancel.is_visible()
+        before = visit.rank()
+        scorer.gate.clear()
+        visit.field("Caption 1").fill("Another.")
+        visit.page.get_by_role("button", name="Rank captions").press("Enter")
+        cancel.wait_for()
+        visit.page.keyboard.press("Tab")
+        assert visit.page.evaluate("document.activeElement.id") == "cancel"
+        visit.page.keyboard.press("Enter")
+        assert visit.page.locator("#result").get_attribute("aria-busy") == "false"
+        assert visit.page.evaluate("document.activeElement.textContent") == "Rank captions"
+        assert not cancel.is_visible()
+        assert visit.ranking() == before
+        scorer.gate.set()
+        assert shown(visit) == ranked(PICTURE, ["Another.", *CAPTIONS[1:]])
+        assert not visit.page.get_by_role("alert").inner_text()
+
+
+def test_a_picture_that_never_arrives_can_be_cancelled_and_is_sent_anew(visit: Visit) -> None:
+    visit.page.route("**/images", lambda _: None)
+    give(visit, "drop")
+    visit.type(*CAPTIONS)
+    visit.page.get_by_role("button", name="Rank captions").click()
+    visit.page.get_by_role("button", name="Cancel").click()
+    visit.page.unroute("**/images")
+    assert shown(visit) == ranked(PICTURE, CAPTIONS)
+
+
 # Whoever sits before it
 
 
@@ -560,15 +724,48 @@ def test_rows_come_and_go(visit: Visit) -> None:
     visit.page.keyboard.press("Backspace")
     assert visit.page.evaluate("document.activeElement.value") == "one"
     assert visit.page.locator("#rows textarea").count() == 1
-    visit.page.evaluate(
-        """() => {
-          const clipboardData = new DataTransfer();
-          clipboardData.setData("text/plain", "a list\\n\\n  of three\\r\\nlines\\n");
-          document.activeElement.select();
-          document.activeElement.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
-        }"""
-    )
+    visit.page.evaluate("document.activeElement.select()")
+    paste(visit, "a list\n\n  of three\r\nlines\n")
     assert typed(visit) == ["a list", "of three", "lines"]
+    names = visit.page.locator("#rows textarea").evaluate_all("all => all.map(each => each.getAttribute('aria-label'))")
+    assert names == ["Caption 1", "Caption 2", "Caption 3"]
+
+
+def paste(visit: Visit, text: str) -> None:
+    """Into the field that has the focus."""
+    visit.page.evaluate(
+        """(text) => {
+          const clipboardData = new DataTransfer();
+          clipboardData.setData("text/plain", text);
+          document.activeElement.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
+        }""",
+        text,
+    )
+
+
+def test_a_long_list_is_pasted_at_once_and_one_too_long_is_refused(browser: Browser) -> None:
+    """Rows are named once each, however many come together."""
+    with wire(max_captions=2000, max_queue_items=4096) as served, quiet(browser, url_of(served)) as visit:
+        visit.page.evaluate(
+            """() => {
+              window.numNamed = 0;
+              const watched = { attributeFilter: ["aria-label"], subtree: true };
+              new MutationObserver((records) => (window.numNamed += records.length)).observe(document.getElementById("rows"), watched);
+            }"""
+        )
+        visit.type("typed before", "and this")
+        visit.field("Caption 3").focus()
+        paste(visit, "\n".join(f"line {number}" for number in range(1999)))
+        assert visit.fault() == "Caption 3: That would be 2,001 captions, and this server takes 2,000 at a time; nothing was added."
+        assert typed(visit) == ["typed before", "and this", ""]
+        paste(visit, "\n".join(f"line {number}" for number in range(1998)))
+        assert visit.page.get_by_role("alert").inner_text() == ""
+        assert len(typed(visit)) == 2000
+        assert visit.field("Caption 2000").input_value() == "line 1997"
+        assert visit.page.evaluate("window.numNamed") <= 2 * 2003
+        visit.page.get_by_role("button", name="Add a caption").click()
+        assert "That would be 2,001 captions" in visit.fault()
+        assert len(typed(visit)) == 2000
 
 
 LOOKS = {
