@@ -69,6 +69,18 @@ async def test_a_pair_is_a_group_of_two(application: Served, as_form: bool) -> N
     assert (await numbers(application, "pairs"))["total"]["compared_groups"] == 1
 
 
+async def test_captions_sent_one_at_a_time_are_the_group_of_their_picture_and_prompt(application: Served) -> None:
+    known = (await application.client.put("/images", content=PICTURE)).json()["image_id"]
+    for image in (IMAGE, known):
+        for text in CAPTIONS:
+            answer = await application.client.post("/score", json={"image": image, "captions": [text], "run_id": "alone"})
+            assert answer.status_code == 200, answer.text
+    found = await numbers(application, "alone")
+    assert (found["total"]["groups"], found["total"]["compared_groups"], found["total"]["captions"], found["open_groups"]) == (1, 1, 6, 1)
+    assert (found["total"]["duplicate_share"], found["total"]["repeat_share"]) == (1.0, 0.0)
+    assert application.metric("reward_run_score_count", run="alone") == 6
+
+
 async def test_every_group_counts_by_itself_and_what_has_no_score_does_not(application: Served) -> None:
     groups = [{"image": IMAGE, "captions": CAPTIONS}, {"image": IMAGE, "captions": ["x", UNSCORABLE]}]
     answer = await application.client.post("/score", json={"groups": groups, "on_item_error": "null", "run_id": "r"})
