@@ -17,7 +17,11 @@ from app.artifacts import DEMO_PATH
 
 WEB = Path(__file__).parents[1] / "web"
 CARTOONS = DEMO_PATH / "cartoons"
-PLACES = {"index.html": "/", "run.html": "/runs/{run_id}"}  # the page of a run is the same for every run, and says nothing of any
+PLACES = {
+    "index.html": "/",
+    "runs.html": "/runs/",
+    "run.html": "/runs/{run_id}",
+}  # a run's page is the same for every run, and says nothing of any
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",

@@ -213,7 +213,11 @@ async def test_scores_that_float32_holds_are_finite_everywhere() -> None:
 
 
 FILES = {
+    "/runs/": "text/html; charset=utf-8",
     "/runs/anything": "text/html; charset=utf-8",
+    "/web/runs.js": "text/javascript; charset=utf-8",
+    "/web/words.js": "text/javascript; charset=utf-8",
+    "/web/polling.js": "text/javascript; charset=utf-8",
     "/web/run.js": "text/javascript; charset=utf-8",
     "/web/run.css": "text/css; charset=utf-8",
 }
@@ -238,9 +242,7 @@ async def test_the_page_is_public_and_shut_in(path: str, key: str | None) -> Non
     assert " onload=" not in answer.text
 
 
-@pytest.mark.parametrize(
-    "path", ["/runs", "/runs/r/statistics", "/runs/nobody/statistics", "/runs/r/", "/runs/", "/runs/r/x", "/runs/../score"]
-)
+@pytest.mark.parametrize("path", ["/runs", "/runs/r/statistics", "/runs/nobody/statistics", "/runs/r/", "/runs/r/x", "/runs/../score"])
 async def test_numbers_are_behind_the_key(path: str) -> None:
     async with serving(api_key=KEY) as served:
         key = {"Authorization": f"Bearer {KEY}"}
