@@ -25,6 +25,8 @@ class Group:
 
     def num_twins(self) -> int:
         """Captions whose text another one has as well."""
+        if len(set(self.digests)) == len(self.digests):
+            return 0
         return len(self.digests) - sum([count == 1 for count in Counter(self.digests).values()])
 
 

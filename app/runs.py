@@ -37,8 +37,9 @@ LIMITS = {
     "outside_share": MAX_OUTSIDE_SHARE,
 }  # those the page draws
 _PLAIN_EDGES = (-16, -8, -4, -3, -2, -1.5, -1, -0.5, -0.25, 0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 8, 16)
-_CENTRE = (step / 8 for step in range(-16, 17))  # fine, or a run a tenth as wide as the validation data would be a bar
-_SIGMAS = (-16, -8, -6, -5, -4, -3.5, -3, -2.75, -2.5, -2.25, *_CENTRE, 2.25, 2.5, 2.75, 3, 3.5, 4, 5, 6, 8, 16)
+_FINE = [step / 8 for step in range(1, 17)] + [step / 4 for step in range(9, 25)]  # a run may be a tenth as wide as the validation data
+_ASIDE = (*_FINE, 6.5, 7, 7.5, 8, 16)
+_SIGMAS = (*(-sigma for sigma in reversed(_ASIDE)), 0, *_ASIDE)
 
 
 @dataclass(frozen=True, slots=True)
