@@ -1,4 +1,5 @@
-"""Every metric of the server with its buckets, in one registry of its own. Labels come from fixed lists."""
+"""Every metric of the server with its buckets, in one registry of its own. Labels come from fixed lists; only `run` is what clients say, of
+the few runs that are kept."""
 
 from __future__ import annotations
 
@@ -141,7 +142,7 @@ class Metrics:
         self.run_mean = self._gauge("reward_run_score_mean", "Mean score of the last groups of a run.", run)
         self.run_length_correlation = self._gauge(
             "reward_run_length_correlation",
-            "Correlation of score and characters within the last groups of a run, over all if each came by itself; NaN if unknown.",
+            "Correlation of score and characters in the last groups of a run, over all if each came by itself; NaN while few or unknown.",
             run,
         )
         self.run_drift = self._gauge(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from prometheus_client import Counter, Histogram
 
 from app.metrics import Metrics
 from app.runs import MAX_SCORE, Run, Runs, Seen
-from app.tallies import Expected
+from app.tallies import Expected, Tally
 
 if TYPE_CHECKING:
     from app.artifacts import RewardModelConfig
@@ -43,16 +43,19 @@ class _Series:
     unusable: Counter
 
     def count(self, seen: Seen) -> None:
-        tally = seen.tally
         for score in seen.scores:
             self.scores.observe(score)
-        if tally.num_compared:
-            self.spread.observe(tally.spreads)
-        self.flat_groups.inc(tally.num_flat)
-        self.duplicates.inc(tally.num_duplicates)
-        self.repeats.inc(tally.num_repeats)
-        self.outside.inc(tally.num_outside)
         self.unusable.inc(seen.num_unusable)
+        self.count_groups(seen.whole)
+
+    def count_groups(self, whole: Iterable[Tally]) -> None:
+        for tally in whole:
+            if tally.num_compared:
+                self.spread.observe(tally.spreads)
+            self.flat_groups.inc(tally.num_flat)
+            self.duplicates.inc(tally.num_duplicates)
+            self.repeats.inc(tally.num_repeats)
+            self.outside.inc(tally.num_outside)
 
 
 class RunMonitors:
@@ -64,22 +67,29 @@ class RunMonitors:
         self._metrics = metrics
         self._clock = clock
         self._series: dict[str, _Series] = {}
-        metrics.runs.set_function(lambda: len(self.runs))
+        metrics.runs.set_function(self._settled)
 
-    def observe(self, run_id: str, captions: Sequence[str], scores: Sequence[float | None]) -> None:
-        """One scored group. Whoever waits for its scores gets them whatever happens here."""
+    def observe(self, run_id: str, captions: Sequence[str], scores: Sequence[float | None], about: tuple[str | None, str | None]) -> None:
+        """Some scored captions about one (picture's id, prompt). Whoever waits for the scores gets them whatever happens here."""
         try:
             run = self.runs.active(run_id)
             series = self._series.get(run_id) or self._begin(run)
-            series.count(run.observe(captions, scores, self._clock()))
+            series.count(run.observe(captions, scores, self._clock(), hash(about)))
         except Exception:
             log.exception("a group of %d captions is missing in the monitors of its run", len(captions))
             self._metrics.run_faults.inc()
 
+    def _settled(self) -> int:
+        """How many runs there are. Reading the metrics closes the groups whose time has passed: of a run that ended nothing else would."""
+        for run in self.runs.all():
+            if series := self._series.get(run.run_id):
+                series.count_groups(run.close(self._clock()))
+        return len(self.runs)
+
     def _begin(self, run: Run) -> _Series:
         name, metrics = run.run_id, self._metrics
         metrics.run_mean.labels(name).set_function(lambda: run.recent.all.score if run.recent.num_captions else math.nan)
-        metrics.run_length_correlation.labels(name).set_function(lambda: _or_nan(run.recent.length_correlation))
+        metrics.run_length_correlation.labels(name).set_function(lambda: _or_nan(run.length_correlation))
         metrics.run_drift.labels(name).set_function(lambda: _or_nan(run.recent.drift(self._expected)))
         metrics.run_std_ratio.labels(name).set_function(lambda: _or_nan(run.recent.std_ratio(self._expected)))
         series = self._series[name] = _Series(

@@ -1,4 +1,4 @@
-"""Training runs by id: what their scores look like, what of it looks like reward hacking, and which runs are kept. Keeps no caption.
+"""Training runs by id: what their scores look like, what of it is a sign of reward hacking, and which runs are kept. Keeps no caption.
 
 For one thread, the event loop's: nothing here is locked, and nothing waits.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from app.joining import Group, OpenGroups
 from app.tallies import Expected, History, Recent, Tally, merged, tally_of
 
 MAX_SCORE = 3.5e38  # float32's; beyond it squares would overflow
@@ -36,12 +37,14 @@ LIMITS = {
     "outside_share": MAX_OUTSIDE_SHARE,
 }  # those the page draws
 _PLAIN_EDGES = (-16, -8, -4, -3, -2, -1.5, -1, -0.5, -0.25, 0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 8, 16)
-_SIGMAS = (-16, -8, -6, -5, *(step / 2 for step in range(-8, 9)), 5, 6, 8, 16)
+_FINE = [step / 8 for step in range(1, 17)] + [step / 4 for step in range(9, 25)]  # a run may be a tenth as wide as the validation data
+_ASIDE = (*_FINE, 6.5, 7, 7.5, 8, 16)
+_SIGMAS = (*(-sigma for sigma in reversed(_ASIDE)), 0, *_ASIDE)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that looks like reward hacking: its value, the limit it passed, and both in words."""
+    """A sign of reward hacking, which may have another cause: its value, the limit it passed, and both in words."""
 
     code: str
     value: float
@@ -51,15 +54,15 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What one group brought."""
+    """What some captions brought: their scores at once, and the groups that are whole now, theirs or others'."""
 
-    tally: Tally
     scores: list[float]
     num_unusable: int
+    whole: list[Tally]
 
 
 class Run:
-    """The scores of one training run, of any length in bounded memory.
+    """The scores of one training run, of any length in bounded memory. What it shows includes groups that are still open.
 
     A group that a client sends again, after it lost the answer, is counted again.
     """
@@ -67,60 +70,85 @@ class Run:
     def __init__(self, run_id: str, expected: Expected | None = None) -> None:
         self.run_id = run_id
         self.expected = expected
-        self.total = Tally()
         self.num_unusable = 0
         self.history = History()
         self.edges = edges_for(expected)
         self.counts = [0] * (len(self.edges) + 1)  # of scores up to each edge, and beyond the last
+        self.last_seen_s = -math.inf
+        self._whole = Tally()
         self._recent = Recent()
+        self._open = OpenGroups()
         self._texts: dict[int, None] = {}  # digests, the one met longest ago first
+        self._shown: tuple[Tally, Tally] | None = None  # of the last groups and of the open ones, until something comes
 
-    def observe(self, captions: Sequence[str], scores: Sequence[float | None], now_s: float) -> Seen:
-        """One group. Captions without a score are left out; so are scores that no float32 can hold, which are counted.
+    def observe(self, captions: Sequence[str], scores: Sequence[float | None], now_s: float, about: int | None = None) -> Seen:
+        """Some captions of one request. Those without a score are left out; so are scores that no float32 can hold, which are counted.
 
-        `now_s`: seconds since the epoch. Lengths are characters (Unicode code points).
+        `now_s`: seconds since the epoch. Lengths are characters (Unicode code points). `about`: a digest of picture and prompt;
+        a caption that comes alone joins others about the same. Without it, and if several come together, they are a group.
         """
         scored = [(text, score) for text, score in zip(captions, scores, strict=True) if score is not None]
         usable = [(text, score) for text, score in scored if -MAX_SCORE <= score <= MAX_SCORE]
         num_unusable = len(scored) - len(usable)
         self.num_unusable += num_unusable
+        whole = self.close(now_s)
         if not usable:
-            return Seen(Tally(), [], num_unusable)
+            return Seen([], num_unusable, whole)
         found = [score for _, score in usable]
-        num_duplicates, num_repeats = self._copies([text for text, _ in usable])
-        lengths = [len(text) for text, _ in usable]
-        tally = tally_of(
-            found, lengths, now_s, num_duplicates=num_duplicates, num_repeats=num_repeats, expected=self.expected
-        )  # fmt: skip
+        group = Group([hash(text) for text, _ in usable], [len(text) for text, _ in usable], found, now_s, now_s)
         for score in found:
             self.counts[bisect_left(self.edges, score)] += 1
-        self.total.add(tally)
-        self.history.add(tally)
-        self._recent.add(tally)
-        return Seen(tally, found, num_unusable)
+        self.last_seen_s, self._shown = max(self.last_seen_s, now_s), None
+        ended = self._open.join(about, group) if about is not None and len(captions) == 1 else [group]
+        return Seen(found, num_unusable, whole + [self._take(each) for each in ended])
 
-    def _copies(self, texts: Sequence[str]) -> tuple[int, int]:
-        """How many captions have their text twice in the group, and how many have one that an earlier group had lately.
+    def close(self, now_s: float) -> list[Tally]:
+        """Counts the open groups whose time has passed, and says which."""
+        return [self._take(group) for group in self._open.due(now_s)]
 
-        Texts are told apart by Python's 64-bit hash, keyed anew in every process: nobody can make two of them meet.
-        """
-        num_copies: dict[int, int] = {}
-        for text in texts:
-            digest = hash(text)
-            num_copies[digest] = num_copies.get(digest, 0) + 1
-        num_duplicates = len(texts) - sum([count == 1 for count in num_copies.values()])
-        num_repeats = sum([count for digest, count in num_copies.items() if digest in self._texts])
-        for digest in num_copies:
+    def _take(self, group: Group) -> Tally:
+        tally = self._tally(group)
+        for digest in group.digests:
             self._texts.pop(digest, None)
             self._texts[digest] = None
         while len(self._texts) > MAX_TEXTS:
             del self._texts[next(iter(self._texts))]
-        return num_duplicates, num_repeats
+        for place in (self._whole, self.history, self._recent):
+            place.add(tally)
+        self._shown = None
+        return tally
+
+    def _tally(self, group: Group) -> Tally:
+        """Texts are told apart by Python's 64-bit hash, keyed anew in every process: nobody can make two of them meet."""
+        num_repeats = sum([digest in self._texts for digest in group.digests])
+        return tally_of(
+            group.scores, group.lengths, group.began_s, group.ended_s,
+            num_duplicates=group.num_twins(), num_repeats=num_repeats, expected=self.expected,
+        )  # fmt: skip
+
+    @property
+    def num_groups(self) -> int:
+        return self._whole.num_groups + len(self._open)
+
+    @property
+    def total(self) -> Tally:
+        return merged((self._whole, self._looked_at()[1]))
 
     @property
     def recent(self) -> Tally:
-        """The last 128 to 144 groups."""
-        return self._recent.tally()
+        """The last 128 to 144 groups that are whole, and those that are open. Not to be changed."""
+        return self._looked_at()[0]
+
+    def _looked_at(self) -> tuple[Tally, Tally]:
+        if self._shown is None:
+            still = merged([self._tally(group) for group in self._open])
+            self._shown = merged((self._recent.tally(), still)), still
+        return self._shown
+
+    @property
+    def length_correlation(self) -> float | None:
+        """Of the last groups, as far as anything is said of it: one number for verdict, gauge and page."""
+        return length_correlation(self.recent)
 
     def beginning(self) -> Tally:
         """The first eighth of the run."""
@@ -128,7 +156,7 @@ class Run:
         return merged(points[: math.ceil(len(points) / 8)])
 
     def findings(self) -> list[Finding]:
-        """What in the last groups looks like reward hacking; nothing while they are few."""
+        """What in the last groups is a sign of reward hacking; nothing while they are few."""
         return findings(self.recent, self.beginning(), self.expected)
 
     def summary(self) -> dict[str, Any]:
@@ -143,17 +171,19 @@ class Run:
             "expected": asdict(self.expected) if self.expected else None,
             "total": described(self.total, self.expected),
             "recent": described(self.recent, self.expected),
+            "length_r": self.length_correlation,
+            "open_groups": len(self._open),
             "unusable_scores": self.num_unusable,
             "early": is_early(self.recent),
             "findings": [asdict(finding) for finding in self.findings()],
             "limits": LIMITS,
             "histogram": {"edges": list(self.edges), "counts": list(self.counts)},
-            "history": [described(point, self.expected) for point in self.history.whole()],
+            "history": [described(point, self.expected) for point in self.history.whole(self._looked_at()[1])],
         }
 
 
 def edges_for(expected: Expected | None) -> tuple[float, ...]:
-    """Edges of a histogram: half standard deviations around what is expected, or as the metric of all scores has them."""
+    """Edges of a histogram: eighths of a standard deviation around what is expected, or as the metric of all scores has them."""
     return tuple(expected.mean + sigma * expected.std for sigma in _SIGMAS) if expected else _PLAIN_EDGES
 
 
@@ -188,8 +218,15 @@ def is_early(recent: Tally) -> bool:
     return recent.num_groups < MIN_GROUPS or recent.num_captions < MIN_CAPTIONS
 
 
+def length_correlation(recent: Tally) -> float | None:
+    """Within groups if there are enough, over all captions if each came by itself, and None between the two or while it is early."""
+    if is_early(recent) or 0 < recent.num_compared < MIN_GROUPS:
+        return None
+    return (recent.within if recent.num_compared else recent.all.around).correlation()
+
+
 def findings(recent: Tally, beginning: Tally, expected: Expected | None) -> list[Finding]:
-    """What looks like reward hacking, the surest sign first. Nothing while it is early."""
+    """Signs of reward hacking, the surest first. Nothing while it is early."""
     if is_early(recent):
         return []
     grouped = recent if recent.num_compared >= MIN_GROUPS else Tally()  # all of it unknown
@@ -207,8 +244,8 @@ def _flat(recent: Tally) -> Finding | None:
 
 
 def _length(recent: Tally) -> Finding | None:
-    found = recent.length_correlation
-    if 0 < recent.num_compared < MIN_GROUPS or found is None or abs(found) <= MAX_CORRELATION:
+    found = length_correlation(recent)
+    if found is None or abs(found) <= MAX_CORRELATION:
         return None
     where = "within groups" if recent.num_compared else "over all captions"
     way, better = ("grow", "longer") if found > 0 else ("fall", "shorter")
@@ -273,7 +310,7 @@ def _repeats(recent: Tally) -> Finding | None:
         return None
     text = (
         f"{_percent(share)} of captions stood in an earlier group, word for word (limit {_percent(MAX_REPEAT_SHARE)}): "
-        "one text for every picture, or groups sent twice."
+        "one text for every picture, requests sent twice, or a picture that came back after its group was closed."
     )
     return Finding("repeats", share, MAX_REPEAT_SHARE, text)
 
@@ -285,14 +322,14 @@ def _percent(share: float) -> str:
 class Runs:
     """At most `max_runs` runs. For a new one the idle longest goes, and of those the newcomers first.
 
-    A run of fewer than 16 groups is a newcomer, and newcomers have a quarter of the places: endless new ids push each other out,
-    not a run that is well under way, and to pass for such a run costs 16 scored groups an id.
+    A run of fewer than 16 groups is a newcomer, and a quarter of the places is kept for newcomers: endless new ids push each other
+    out, never a run that is under way, and to pass for such a run costs 16 scored groups an id.
     """
 
     def __init__(self, max_runs: int, expected: Expected | None = None, on_forgotten: Callable[[str], None] = lambda _: None) -> None:
         """`on_forgotten`: called with the id of each run that goes."""
         self._max_runs = max_runs
-        self._max_new = max(1, max_runs // 4)
+        self._max_established = max(1, max_runs - max(1, max_runs // 4))
         self._expected = expected
         self._on_forgotten = on_forgotten
         self._new: dict[str, Run] = {}  # the one idle longest first, here and below
@@ -307,8 +344,12 @@ class Runs:
         if run is None:
             self._make_room()
             run = Run(run_id, self._expected)
-        place = self._established if run.total.num_groups >= ESTABLISHED else self._new
-        place[run_id] = run
+        if run.num_groups < ESTABLISHED:
+            self._new[run_id] = run
+            return run
+        while len(self._established) >= self._max_established:
+            self._forget(self._established)
+        self._established[run_id] = run
         return run
 
     def find(self, run_id: str) -> Run | None:
@@ -317,11 +358,13 @@ class Runs:
 
     def all(self) -> list[Run]:
         """The one active last first."""
-        return sorted((*self._new.values(), *self._established.values()), key=lambda run: run.total.ended_s, reverse=True)
+        return sorted((*self._new.values(), *self._established.values()), key=lambda run: run.last_seen_s, reverse=True)
 
     def _make_room(self) -> None:
         while len(self) >= self._max_runs:
-            place = self._new if len(self._new) >= self._max_new or not self._established else self._established
-            run_id = next(iter(place))
-            del place[run_id]
-            self._on_forgotten(run_id)
+            self._forget(self._new or self._established)
+
+    def _forget(self, place: dict[str, Run]) -> None:
+        run_id = next(iter(place))
+        del place[run_id]
+        self._on_forgotten(run_id)

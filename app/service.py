@@ -168,7 +168,7 @@ class ScoringService:
                 self._observe(result.scores)
         if run_id is not None:
             for request, result in zip(requests, results, strict=True):
-                self.monitors.observe(run_id, request.captions, result.scores)
+                self.monitors.observe(run_id, request.captions, result.scores, (result.image_id, request.prompt))
         return results
 
     async def _score(

@@ -109,7 +109,7 @@ class Settings(BaseSettings):
     )
     cache_audit_every: int = Field(1000, ge=0, le=1 << 30, description="Of so many cache hits one is computed again and compared; 0: none.")
     max_runs: int = Field(
-        32, ge=1, le=1024, description="Training runs (X-Run-Id) whose scores are watched; beyond, the one idle longest is forgotten."
+        32, ge=1, le=128, description="Training runs (X-Run-Id) whose scores are watched; beyond, the one idle longest is forgotten."
     )
 
     @property

@@ -143,11 +143,6 @@ class Tally:
     def repeat_share(self) -> float | None:
         return self.num_repeats / self.num_captions if self.num_captions else None
 
-    @property
-    def length_correlation(self) -> float | None:
-        """Within groups; over all captions where every one came by itself, and nothing else can be told."""
-        return (self.within if self.num_compared else self.all.around).correlation()
-
     def drift(self, expected: Expected | None) -> float | None:
         """(mean - expected mean) / expected standard deviation."""
         return (self.all.score - expected.mean) / expected.std if expected and self.num_captions else None
@@ -162,7 +157,14 @@ class Tally:
 
 
 def tally_of(
-    scores: Sequence[float], lengths: Sequence[int], now_s: float, *, num_duplicates: int, num_repeats: int, expected: Expected | None
+    scores: Sequence[float],
+    lengths: Sequence[int],
+    began_s: float,
+    ended_s: float,
+    *,
+    num_duplicates: int,
+    num_repeats: int,
+    expected: Expected | None,
 ) -> Tally:
     """Of one group with at least one score."""
     moments = moments_of(scores, lengths)
@@ -179,8 +181,8 @@ def tally_of(
         num_outside=sum([not expected.holds(score) for score in scores]) if expected else 0,
         lowest=min(scores),
         highest=max(scores),
-        began_s=now_s,
-        ended_s=now_s,
+        began_s=began_s,
+        ended_s=ended_s,
         all=moments,
         within=Deviations(around.scores, around.lengths, around.products),
     )
@@ -214,11 +216,15 @@ class History:
             self._points.append(Tally())
         self._points[-1].add(tally)
 
-    def whole(self) -> list[Tally]:
-        """To be drawn: a last point of less than half as many groups as the others is merged into the one before."""
-        if len(self._points) < 2 or 2 * self._points[-1].num_groups >= self._num_groups:
-            return list(self._points)
-        return [*self._points[:-2], merged(self._points[-2:])]
+    def whole(self, still: Tally | None = None) -> list[Tally]:
+        """To be drawn, `still` (of groups that are not added yet) at its end: at most a point more than there are.
+
+        A last point of less than half as many groups as the others is merged into the one before.
+        """
+        points = [*self._points, still] if still and still.num_groups else list(self._points)
+        if len(points) < 2 or 2 * points[-1].num_groups >= self._num_groups:
+            return points
+        return [*points[:-2], merged(points[-2:])]
 
     def __iter__(self) -> Iterator[Tally]:
         return iter(self._points)

@@ -40,7 +40,7 @@ BENCH = (
 # Lowest first. A module imports only from modules that stand before it; imports for type checking and inside functions count too.
 TABLE = (
     ("errors", "settings", "contracts", "metrics"),
-    ("planning", "caches", "reuse", "budgets", "machine", "preference", "tallies", "runs", "images", "artifacts"),
+    ("planning", "caches", "reuse", "budgets", "machine", "preference", "tallies", "joining", "runs", "images", "artifacts"),
     (
         "encoding",
         "faults",

@@ -118,6 +118,71 @@ def test_captions_one_at_a_time_have_no_spread_and_are_watched_all_the_same() ->
     assert "over all captions" in next(finding.text for finding in run.findings() if finding.code == "length")
 
 
+def one_by_one(groups: Groups, now_s: float = 0.0, mixed: int = 16) -> Run:
+    """As slime sends them: every caption by itself, those of `mixed` pictures at a time in any order."""
+    run, source, listed = Run("run", EXPECTED), random.Random(0), list(enumerate(groups))
+    for first in range(0, len(listed), mixed):
+        sent = [(number, *pair) for number, (texts, scores) in listed[first : first + mixed] for pair in zip(texts, scores, strict=True)]
+        source.shuffle(sent)
+        for number, text, score in sent:
+            run.observe([text], [score], now_s, number)
+    return run
+
+
+@pytest.mark.parametrize("code", ["no_spread", "length", "duplicates"])
+def test_signs_within_groups_are_seen_in_captions_sent_one_at_a_time(code: str) -> None:
+    together, apart = told(HACKED[code]), one_by_one(HACKED[code])
+    assert codes(apart) == codes(together)
+    assert apart.total.num_groups == together.total.num_groups
+    assert apart.total.spread == pytest.approx(together.total.spread)
+    assert (apart.total.num_duplicates, apart.total.num_repeats) == (together.total.num_duplicates, together.total.num_repeats)
+    assert apart.counts == together.counts
+
+
+def test_one_text_for_every_picture_is_found_in_captions_sent_one_at_a_time() -> None:
+    run = one_by_one([(["the moat"] * 4, [0.1, 0.2, 0.3, 0.4])] * 200)
+    assert {"duplicates", "repeats"} <= codes(run)
+
+
+def test_open_groups_are_in_all_that_is_shown() -> None:
+    run = one_by_one(healthy(5, size=4))
+    found = run.as_dict()
+    assert (found["open_groups"], found["total"]["groups"], found["total"]["captions"], found["recent"]["groups"]) == (5, 5, 20, 5)
+    assert sum(point["captions"] for point in found["history"]) == sum(found["histogram"]["counts"]) == 20
+    assert found["total"]["compared_groups"] == 5
+    assert [tally.num_captions for tally in run.close(60.0)] == [4] * 5
+    closed = run.as_dict()
+    assert closed["total"]["mean"] == pytest.approx(found["total"]["mean"])
+    assert (closed["open_groups"], closed["total"]["groups"]) == (0, 5)
+
+
+def test_a_group_sent_one_by_one_has_the_very_numbers_of_one_sent_together() -> None:
+    (captions, scores), *_ = healthy(1)
+    together, apart = told([(captions, scores)]), Run("run", EXPECTED)
+    for text, score in zip(captions, scores, strict=True):
+        apart.observe([text], [score], 100.0, 1)
+    assert apart.total == together.total
+
+
+def test_no_caption_is_kept_in_an_open_group() -> None:
+    run = Run("run")
+    run.observe(["a secret caption"], [1.0], 0.0, 1)
+    assert "secret" not in repr(pickle.dumps(run))
+
+
+def test_open_groups_are_bounded() -> None:
+    run = Run("run", EXPECTED)
+    for number in range(50_000):
+        run.observe([f"{number}"], [0.5], number / 1000, number % 1000)
+    assert len(run._open) <= 128
+    assert len(pickle.dumps(run)) < 256 << 10
+
+
+def test_a_run_as_narrow_as_a_tenth_is_more_than_a_bar() -> None:
+    run = told(healthy(score=lambda source, _: source.gauss(0.4, 0.1)))
+    assert sum(count > 0 for count in run.counts) >= 4
+
+
 def test_a_sign_that_has_gone_is_said_no_more() -> None:
     run = told([*HACKED["length"], *healthy(200, seed=5)])
     assert codes(run) == set()
@@ -185,7 +250,7 @@ def test_a_run_of_any_length_takes_as_much_memory_as_a_short_one() -> None:
     assert max(sizes) < 64 << 10
     assert max(sizes) < 1.2 * min(sizes[1:])
     assert len(run._texts) == MAX_TEXTS
-    assert "caption" not in repr(pickle.dumps(run)), "no caption is kept"
+    assert "caption 1" not in repr(pickle.dumps(run)), "no caption is kept"
     assert 64 <= len(run.history) <= 128
 
 
@@ -210,7 +275,8 @@ def test_a_few_groups_among_captions_one_at_a_time_say_nothing_of_length() -> No
     for _ in range(5):
         captions = texts(source, 2)
         run.observe(captions, [len(caption) / 10 for caption in captions], 1.0)
-    assert run.recent.length_correlation == pytest.approx(1, abs=0.01)
+    assert run.recent.within.correlation() == pytest.approx(1, abs=0.01)
+    assert run.length_correlation is None
     assert "length" not in codes(run)
 
 
@@ -246,20 +312,43 @@ def test_endless_new_ids_do_not_push_out_a_run_under_way() -> None:
 
 def test_of_runs_under_way_the_one_idle_longest_goes() -> None:
     runs = Runs(4)
-    for name in "abcd":
+    for name in "abc":
         active(runs, name, ESTABLISHED + 1)
     active(runs, "a")
     active(runs, "e", ESTABLISHED + 1)
-    assert [run.run_id for run in runs.all()] == ["e", "a", "d", "c"]
+    assert [run.run_id for run in runs.all()] == ["e", "a", "c"]
+
+
+def test_a_quarter_of_the_places_is_kept_for_newcomers() -> None:
+    """Else a server full of runs under way would lose one to each of the first ids that somebody invents."""
+    runs = Runs(32)
+    for number in range(32):
+        active(runs, f"honest-{number}", ESTABLISHED + 1)
+    kept = [run.run_id for run in runs.all()]
+    assert len(kept) == 24
+    for number in range(1000):
+        active(runs, f"flood-{number}")
+    assert all(runs.find(run_id) for run_id in kept)
+    assert len(runs) == 32
+
+
+def test_captions_one_at_a_time_make_a_run_established_by_their_groups() -> None:
+    runs = Runs(8)
+    for number in range(4 * ESTABLISHED):
+        runs.active("run").observe([f"{number}"], [0.0], 0.0, number // 8)
+    assert "run" in runs._new
+    for number in range(ESTABLISHED):
+        runs.active("run").observe([f"{number}"], [0.0], 0.0, 100 + number)
+    assert "run" in runs._established
 
 
 def test_looking_at_a_run_keeps_it_no_longer_alive() -> None:
-    runs = Runs(2)
+    runs = Runs(3)
     active(runs, "a", ESTABLISHED + 1)
     active(runs, "b", ESTABLISHED + 1)
     assert runs.find("a") is not None
     assert runs.find("nobody") is None
-    active(runs, "c")
+    active(runs, "c", ESTABLISHED + 1)
     assert runs.find("a") is None
 
 

@@ -262,3 +262,9 @@ def test_the_flags_of_serve_are_the_settings() -> None:
         assert f"--{name.replace('_', '-')}" in flags[name].opts
         assert PREFIX + name.upper() in flags[name].help
         assert str(field.description) in flags[name].help
+
+
+def test_more_runs_than_a_scrape_can_bear_are_refused() -> None:
+    assert Settings(max_runs=128).max_runs == 128
+    with pytest.raises(ValueError, match="max_runs"):
+        Settings(max_runs=129)

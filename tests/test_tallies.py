@@ -22,7 +22,7 @@ Pairs = Sequence[tuple[float, int]]
 
 def tally(group: Pairs, now_s: float = 0.0) -> Tally:
     scores, lengths = [score for score, _ in group], [length for _, length in group]
-    return tally_of(scores, lengths, now_s, num_duplicates=1, num_repeats=2, expected=EXPECTED)
+    return tally_of(scores, lengths, now_s, now_s, num_duplicates=1, num_repeats=2, expected=EXPECTED)
 
 
 class Twin:

@@ -20,8 +20,9 @@ CARTOONS = DEMO_PATH / "cartoons"
 PLACES = {
     "index.html": "/",
     "docs.html": "/docs",
+    "runs.html": "/runs/",
     "run.html": "/runs/{run_id}",
-}  # the page of a run is the same for every run, and says nothing of any
+}  # a run's page is the same for every run, and says nothing of any
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",

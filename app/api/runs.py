@@ -41,7 +41,7 @@ class RunRoutes:
         return JsonAnswer({"runs": [run.summary() for run in self._runs.all()]})
 
     async def statistics(self, run_id: str) -> Response:
-        """All of a run so far, its last groups, its history, and what looks like reward hacking."""
+        """All of a run so far, its last groups, its history, and what there is to look at."""
         run = self._runs.find(run_id)
         if run is None:
             raise NotFound("no such run is kept; runs begin with the first scores that name them")

@@ -228,7 +228,7 @@ class RunNumbers(Answer):
 
 class RunLine(RunNumbers):
     id: str
-    findings: list[str] = Field(description="Codes of what looks like reward hacking now.", examples=[["length"]])
+    findings: list[str] = Field(description="Codes of the signs of reward hacking in the last groups.", examples=[["length"]])
 
 
 class RunsAnswer(Answer):
@@ -260,13 +260,19 @@ class RunAnswer(Answer):
     id: str
     expected: ScoreSpread | None = Field(description="The artifact's score distribution; null: it has none.")
     total: RunNumbers
-    recent: RunNumbers = Field(description="Of the last 128 to 144 groups; findings are about these.")
+    recent: RunNumbers = Field(description="Of the last 128 to 144 groups and of those that are open; findings are about these.")
+    length_r: float | None = Field(
+        description="Correlation of score and characters in the last groups, as findings have it; over all captions if each came by itself."
+    )
+    open_groups: int = Field(description="Of captions that came one a request: others about their picture and prompt may still join.")
     unusable_scores: int = Field(description="Beyond float32, left out everywhere else.")
     early: bool = Field(description="The last groups are too few to find anything in.")
     findings: list[RunFinding]
     limits: dict[str, float]
     histogram: RunHistogram
-    history: list[RunNumbers] = Field(description="The whole run in at most 128 points of equally many groups, but for the last.")
+    history: list[RunNumbers] = Field(
+        description="The whole run in at most 129 points of equally many groups, but for the last, which holds what is open."
+    )
 
 
 class StatusAnswer(Answer):

@@ -1,43 +1,14 @@
-// Draws one training run: asks for its numbers every few seconds and puts whole new plots in the place of the old ones.
-"use strict";
+// Draws one training run: its numbers come every few seconds, and whole new plots take the place of the old ones.
+import { ago, at, element, known, number, percent, put, signed, whole } from "./words.js";
+import { poll } from "./polling.js";
 
-const EVERY_MS = 3000;
 const HEIGHT = 210;
 const EDGE = { left: 54, right: 12, top: 12, bottom: 38 };
-const ID = location.pathname.split("/").pop();
-const at = (id) => document.getElementById(id);
+const ID = location.pathname.split("/").pop(); // as it stands in the address: a run's id has nothing to decode
+const IS_ID = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/.test(ID);
 
 let shown = null; // what is drawn now
 let drawnWidth = 0;
-let apiKey = ""; // in memory and nowhere else
-let timer = 0;
-
-// Words
-
-const known = (value) => value !== null && value !== undefined;
-const percent = (value) => (known(value) ? `${(100 * value).toFixed(value > 0 && value < 0.1 ? 1 : 0)} %` : "unknown");
-const whole = (value) => Math.round(value).toLocaleString("en");
-const signed = (value, digits = 2) => (known(value) ? `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}` : "unknown");
-
-function number(value) {
-  if (!known(value)) return "unknown";
-  const size = Math.abs(value);
-  const text = size && (size < 1e-3 || size >= 1e5) ? size.toExponential(1) : String(Number(size.toPrecision(3)));
-  return (value < 0 ? "−" : "") + text;
-}
-
-function ago(seconds) {
-  if (seconds < 90) return `${Math.max(0, Math.round(seconds))} s ago`;
-  if (seconds < 5400) return `${Math.round(seconds / 60)} min ago`;
-  return seconds < 172800 ? `${Math.round(seconds / 3600)} h ago` : `${Math.round(seconds / 86400)} days ago`;
-}
-
-function element(name, attributes = {}, ...children) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
-}
 
 // Drawing
 
@@ -49,9 +20,10 @@ function drawn(name, attributes = {}, text = "") {
 }
 
 function ticks(low, high, count) {
-  const rough = (high - low) / count;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((factor) => factor * power).find((each) => each >= rough);
+  // At round values, at least `count` of them less one.
+  const most = (high - low) / (count - 1);
+  const power = 10 ** Math.floor(Math.log10(most));
+  const step = [5, 2, 1].map((factor) => factor * power).find((each) => each <= most) ?? power;
   const found = [];
   for (let index = Math.ceil(low / step - 1e-9); index * step <= high + 1e-9 * step; index += 1) found.push(index * step);
   return found;
@@ -63,27 +35,43 @@ function widened([low, high]) {
   return [low - room, high + room];
 }
 
+function labelled(values, text) {
+  // With as many digits as it takes to tell neighbours apart.
+  const [first, second] = values;
+  const digits = values.length > 1 ? Math.ceil(Math.log10(Math.max(...values.map(Math.abs)) / (second - first))) + 1 : 3;
+  return values.map((value) => [value, text(value, Math.min(15, Math.max(3, digits)))]);
+}
+
 class Plane {
   constructor(width, xs, ys, { xLabel, yLabel, yText = number, label }) {
     this.width = width;
     this.xs = widened(xs);
     this.ys = widened(ys);
+    const marks = labelled(ticks(...this.ys, 4), yText);
+    this.left = Math.max(EDGE.left, 24 + 6.5 * Math.max(0, ...marks.map(([, text]) => text.length)));
     this.svg = drawn("svg", { role: "img", "aria-label": label, viewBox: `0 0 ${width} ${HEIGHT}` });
-    for (const value of ticks(...this.ys, 4)) {
-      this.svg.append(drawn("line", { class: "grid", x1: EDGE.left, x2: width - EDGE.right, y1: this.y(value), y2: this.y(value) }));
-      this.svg.append(drawn("text", { x: EDGE.left - 6, y: this.y(value) + 4, "text-anchor": "end" }, yText(value)));
+    for (const [value, text] of marks) {
+      this.svg.append(drawn("line", { class: "grid", x1: this.left, x2: width - EDGE.right, y1: this.y(value), y2: this.y(value) }));
+      this.svg.append(drawn("text", { class: "y", x: this.left - 6, y: this.y(value) + 4, "text-anchor": "end" }, text));
     }
-    for (const value of ticks(...this.xs, width < 420 ? 4 : 6)) {
-      const anchor = this.x(value) > width - 30 ? "end" : "middle";
-      this.svg.append(drawn("text", { x: Math.min(this.x(value), width - 4), y: HEIGHT - 22, "text-anchor": anchor }, number(value)));
-    }
-    this.svg.append(drawn("text", { x: (EDGE.left + width - EDGE.right) / 2, y: HEIGHT - 3, "text-anchor": "middle" }, xLabel));
+    this.below(xLabel);
     const middle = (HEIGHT - EDGE.bottom + EDGE.top) / 2;
     this.svg.append(drawn("text", { x: 11, y: middle, "text-anchor": "middle", transform: `rotate(-90 11 ${middle})` }, yLabel));
   }
 
+  below(xLabel) {
+    const marks = labelled(ticks(...this.xs, this.width < 420 ? 4 : 6), number);
+    const room = 7 * Math.max(0, ...marks.map(([, text]) => text.length)) + 8;
+    const least = Math.ceil((room * marks.length) / (this.width - this.left)); // long labels: every second, or third
+    marks.filter((_, place) => place % least === 0).forEach(([value, text]) => {
+      const anchor = this.x(value) > this.width - 30 ? "end" : "middle";
+      this.svg.append(drawn("text", { class: "x", x: Math.min(this.x(value), this.width - 4), y: HEIGHT - 22, "text-anchor": anchor }, text));
+    });
+    this.svg.append(drawn("text", { x: (this.left + this.width - EDGE.right) / 2, y: HEIGHT - 3, "text-anchor": "middle" }, xLabel));
+  }
+
   x(value) {
-    return EDGE.left + ((value - this.xs[0]) / (this.xs[1] - this.xs[0])) * (this.width - EDGE.left - EDGE.right);
+    return this.left + ((value - this.xs[0]) / (this.xs[1] - this.xs[0])) * (this.width - this.left - EDGE.right);
   }
 
   y(value) {
@@ -92,7 +80,7 @@ class Plane {
 
   level(value, kind) {
     if (value < this.ys[0] || value > this.ys[1]) return;
-    this.svg.append(drawn("line", { class: kind, x1: EDGE.left, x2: this.width - EDGE.right, y1: this.y(value), y2: this.y(value) }));
+    this.svg.append(drawn("line", { class: kind, x1: this.left, x2: this.width - EDGE.right, y1: this.y(value), y2: this.y(value) }));
   }
 
   line(points, kind = "") {
@@ -123,32 +111,68 @@ function pieces(points) {
   return found.filter((piece) => piece.length);
 }
 
+// Figures stay where they are, and only what is in them is new: whoever reads one under the pointer or by arrow keys goes on reading.
+
+const standing = new Map(); // by title
+
 function figure(title, said, svg, key, readings = null) {
-  const note = element("span", {}, said);
-  const made = element("figure", {}, element("figcaption", {}, title, note), svg, legend(key));
-  if (readings) follow(svg, readings, note, said);
-  return made;
+  const kept = standing.get(title) ?? stood(title);
+  kept.said = said;
+  kept.readings = readings;
+  for (const { name, value } of svg.attributes) kept.svg.setAttribute(name, value);
+  if (readings) kept.svg.setAttribute("tabindex", "0");
+  else kept.svg.removeAttribute("tabindex");
+  kept.svg.replaceChildren(...svg.childNodes, kept.guide);
+  kept.key.replaceChildren(...key.map(([kind, text]) => element("span", { class: kind }, element("i"), text)));
+  tell(kept);
+  return kept.made;
 }
 
-function legend(key) {
-  const entry = ([kind, text]) => element("span", { class: kind }, element("i"), text);
-  return element("div", { class: "key" }, ...key.map(entry));
+function stood(title) {
+  const kept = { note: element("span"), svg: drawn("svg"), key: element("div", { class: "key" }), x: null };
+  kept.guide = drawn("line", { class: "guide", y1: EDGE.top, y2: HEIGHT - EDGE.bottom, visibility: "hidden" });
+  kept.made = element("figure", {}, element("figcaption", {}, title, kept.note), kept.svg, kept.key);
+  kept.svg.addEventListener("pointermove", (event) => point(kept, event.clientX - kept.svg.getBoundingClientRect().left));
+  kept.svg.addEventListener("keydown", (event) => step(kept, event));
+  kept.svg.addEventListener("focus", () => kept.note.setAttribute("aria-live", "polite")); // of a pointer nothing is read aloud
+  kept.svg.addEventListener("blur", () => kept.note.removeAttribute("aria-live"));
+  for (const end of ["pointerleave", "blur"]) kept.svg.addEventListener(end, () => read(kept, null));
+  standing.set(title, kept);
+  return kept;
 }
 
-function follow(svg, { plane, xs, read }, note, said) {
-  const guide = drawn("line", { class: "guide", y1: EDGE.top, y2: HEIGHT - EDGE.bottom, visibility: "hidden" });
-  svg.append(guide);
-  svg.addEventListener("pointermove", (event) => {
-    const x = event.clientX - svg.getBoundingClientRect().left;
-    const nearest = xs.reduce((best, value, index) => (Math.abs(plane.x(value) - x) < Math.abs(plane.x(xs[best]) - x) ? index : best), 0);
-    for (const end of ["x1", "x2"]) guide.setAttribute(end, plane.x(xs[nearest]));
-    guide.setAttribute("visibility", "visible");
-    note.textContent = read(nearest);
-  });
-  svg.addEventListener("pointerleave", () => {
-    guide.setAttribute("visibility", "hidden");
-    note.textContent = said;
-  });
+function nearest(xs, distance) {
+  return xs.reduce((best, value, place) => (distance(value) < distance(xs[best]) ? place : best), 0);
+}
+
+function point(kept, x) {
+  const { plane, xs } = kept.readings ?? { xs: [] };
+  if (xs.length) read(kept, xs[nearest(xs, (value) => Math.abs(plane.x(value) - x))]);
+}
+
+function step(kept, event) {
+  const { xs } = kept.readings ?? { xs: [] };
+  const last = xs.length - 1;
+  const now = kept.x === null ? last + 1 : nearest(xs, (value) => Math.abs(value - kept.x));
+  const wanted = { ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: last, Escape: null }[event.key];
+  if (wanted === undefined || last < 0) return;
+  event.preventDefault();
+  read(kept, wanted === null ? null : xs[Math.max(0, Math.min(last, wanted))]);
+}
+
+function read(kept, x) {
+  kept.x = x;
+  tell(kept);
+}
+
+function tell(kept) {
+  const isRead = kept.readings && kept.x !== null;
+  kept.guide.setAttribute("visibility", isRead ? "visible" : "hidden");
+  if (!isRead) return put(kept.note, kept.said);
+  const { plane, xs, read: words } = kept.readings;
+  const place = nearest(xs, (value) => Math.abs(value - kept.x));
+  for (const end of ["x1", "x2"]) kept.guide.setAttribute(end, plane.x(xs[place]));
+  return put(kept.note, words(place));
 }
 
 function empty(title, width, why) {
@@ -246,7 +270,7 @@ function correlation(run, width) {
   const overall = `${signed(run.recent.length_correlation_overall)} over all captions`;
   if (!known(run.total[field])) return empty(title, width, `scores or lengths never differ${isGrouped ? " within a group" : ""}`);
   return course(run, width, {
-    title, said: isGrouped ? `lately r = ${signed(run.recent.length_correlation)} within groups, ${overall}` : `lately r = ${overall}`,
+    title, said: isGrouped ? `lately r = ${signed(run.length_r)} within groups, ${overall}` : `lately r = ${signed(run.length_r)} over all captions`,
     lines: [[field, "r = "]], ys: [-1, 1], limits: [run.limits.length_correlation, -run.limits.length_correlation],
     yLabel: "correlation r", text: (value) => (value === 0 ? "0" : signed(value, 1)), key: [["", isGrouped ? "within groups" : "over all captions"]],
   });
@@ -278,10 +302,10 @@ function verdict(run) {
   const box = at("verdict");
   box.className = `verdict ${run.findings.length ? "ill" : run.early ? "" : "well"}`;
   const wanted = `${run.limits.min_groups} groups and ${run.limits.min_captions} captions`;
-  const signs = run.findings.length === 1 ? "one sign" : `${run.findings.length} signs`;
-  put("headline", run.findings.length
-    ? `Looks like reward hacking: ${signs} in the last groups.`
-    : run.early ? `Too early to tell: a verdict needs ${wanted}.` : "Nothing looks like reward hacking in the last groups.");
+  const signs = run.findings.length === 1 ? "One sign" : `${run.findings.length} signs`;
+  put(at("headline"), run.findings.length
+    ? `${signs} to look at in the last groups.`
+    : run.early ? `Too early to tell: a verdict needs ${wanted}.` : "No sign to look at in the last groups.");
   at("findings").replaceChildren(...run.findings.map((finding) => element("li", {}, finding.text)));
 }
 
@@ -292,7 +316,7 @@ function figures(run) {
     ["mean score", number(last.mean), "drift"],
     ["spread within groups", number(last.group_spread), "spread_fell"],
     ["groups without spread", percent(last.flat_share), "no_spread"],
-    ["score against length, r", signed(last.compared_groups ? last.length_correlation : last.length_correlation_overall), "length"],
+    ["score against length, r", signed(run.length_r), "length"],
     ["twins in their group", percent(last.duplicate_share), "duplicates"],
     ["met in earlier groups", percent(last.repeat_share), "repeats"],
     ["drift", known(last.drift) ? `${signed(last.drift)} σ` : "unknown", "drift"],
@@ -313,9 +337,10 @@ function facts(run) {
 function notes(run) {
   const said = [`Figures and verdict are of the last ${run.recent.groups} groups, plots of the whole run. Lengths are in characters.`];
   if (!run.expected) said.push("The artifact has no score distribution, so drift is unknown.");
-  if (!run.recent.compared_groups) said.push("Captions came one at a time, so nothing is known of spread within groups.");
+  if (!run.recent.compared_groups) said.push("Every group has a single caption, so nothing is known of spread within groups.");
+  if (run.open_groups) said.push(`${whole(run.open_groups)} of the groups came one caption at a time and may still grow.`);
   if (run.unusable_scores) said.push(`${whole(run.unusable_scores)} scores beyond float32 are left out.`);
-  at("notes").textContent = said.join(" ");
+  put(at("notes"), said.join(" "));
 }
 
 function plots(run) {
@@ -324,11 +349,14 @@ function plots(run) {
   if (!run.total.captions || drawnWidth < 200) return place.replaceChildren();
   const columns = Math.max(1, Math.floor((drawnWidth + 14) / 354));
   const width = Math.floor((drawnWidth - 14 * (columns - 1)) / columns) - 30; // without the padding and border of a figure
-  place.replaceChildren(...[histogram, means, flat, correlation, copies, drift].map((plot) => plot(run, width)));
+  for (const plot of [histogram, means, flat, correlation, copies, drift]) {
+    const made = plot(run, width);
+    if (made.parentNode !== place) place.append(made);
+  }
 }
 
 function show(run) {
-  const isNew = !shown || shown.total.captions !== run.total.captions || shown.total.first_seen_s !== run.total.first_seen_s;
+  const isNew = JSON.stringify(run) !== JSON.stringify(shown);
   shown = run;
   facts(run);
   if (!isNew) return;
@@ -338,56 +366,16 @@ function show(run) {
   plots(run);
 }
 
-function put(id, text) {
-  // Only what is new, for whoever has the page read aloud.
-  if (at(id).textContent !== text) at(id).textContent = text;
+function missing() {
+  if (shown) return "The server has forgotten this run; this is what it last said.";
+  put(at("headline"), "No scores of this run yet. It begins with the first request that names it, and idle runs make room for new ones.");
+  return "";
 }
 
-const say = (text) => put("state", text);
-
-async function ask() {
-  const answer = await fetch(`${ID}/statistics`, { headers: { Accept: "application/json", ...(apiKey ? { Authorization: `Bearer ${apiKey}` } : {}) } });
-  at("unlock").hidden = answer.status !== 401;
-  if (answer.ok) {
-    show(await answer.json());
-    return say("");
-  }
-  if (answer.status === 401) {
-    put("headline", apiKey ? "That key does not open this server." : "The numbers are behind the server's key.");
-    apiKey = "";
-    clearTimeout(timer);
-    timer = -1; // until a key is given
-    return say("");
-  }
-  if (answer.status !== 404) return say(`The server answers ${answer.status}; asking again.`);
-  if (!shown) put("headline", "No scores of this run yet. It begins with the first request that names it, and idle runs make room for new ones.");
-  return say(shown ? "The server has forgotten this run; this is what it last said." : "");
-}
-
-async function refresh() {
-  timer = 0;
-  try {
-    if (!document.hidden) await ask();
-  } catch (error) {
-    say(`The server does not answer (${error.message}); asking again.`);
-  }
-  if (timer === 0) timer = setTimeout(refresh, EVERY_MS);
-}
-
-at("name").textContent = ID; // as it stands in the address: a run's id has nothing to decode
+at("name").textContent = ID;
 document.title = `${ID} · Punchline`;
-at("unlock").addEventListener("submit", (event) => {
-  event.preventDefault();
-  apiKey = at("key").value.trim();
-  at("key").value = "";
-  refresh();
-});
-document.addEventListener("visibilitychange", () => {
-  if (document.hidden || timer < 0) return;
-  clearTimeout(timer);
-  refresh();
-});
 new ResizeObserver(([entry]) => {
   if (shown && entry.contentRect.width !== drawnWidth) plots(shown);
 }).observe(at("plots"));
-refresh();
+if (IS_ID) poll(`./${encodeURIComponent(ID)}/statistics`, { show, missing });
+else put(at("headline"), "No run has such an id: 1 to 64 letters, digits, dots, underscores and hyphens, a letter or digit first.");

@@ -69,6 +69,18 @@ async def test_a_pair_is_a_group_of_two(application: Served, as_form: bool) -> N
     assert (await numbers(application, "pairs"))["total"]["compared_groups"] == 1
 
 
+async def test_captions_sent_one_at_a_time_are_the_group_of_their_picture_and_prompt(application: Served) -> None:
+    known = (await application.client.put("/images", content=PICTURE)).json()["image_id"]
+    for image in (IMAGE, known):
+        for text in CAPTIONS:
+            answer = await application.client.post("/score", json={"image": image, "captions": [text], "run_id": "alone"})
+            assert answer.status_code == 200, answer.text
+    found = await numbers(application, "alone")
+    assert (found["total"]["groups"], found["total"]["compared_groups"], found["total"]["captions"], found["open_groups"]) == (1, 1, 6, 1)
+    assert (found["total"]["duplicate_share"], found["total"]["repeat_share"]) == (1.0, 0.0)
+    assert application.metric("reward_run_score_count", run="alone") == 6
+
+
 async def test_every_group_counts_by_itself_and_what_has_no_score_does_not(application: Served) -> None:
     groups = [{"image": IMAGE, "captions": CAPTIONS}, {"image": IMAGE, "captions": ["x", UNSCORABLE]}]
     answer = await application.client.post("/score", json={"groups": groups, "on_item_error": "null", "run_id": "r"})
@@ -201,7 +213,11 @@ async def test_scores_that_float32_holds_are_finite_everywhere() -> None:
 
 
 FILES = {
+    "/runs/": "text/html; charset=utf-8",
     "/runs/anything": "text/html; charset=utf-8",
+    "/web/runs.js": "text/javascript; charset=utf-8",
+    "/web/words.js": "text/javascript; charset=utf-8",
+    "/web/polling.js": "text/javascript; charset=utf-8",
     "/web/run.js": "text/javascript; charset=utf-8",
     "/web/run.css": "text/css; charset=utf-8",
 }
@@ -226,9 +242,7 @@ async def test_the_page_is_public_and_shut_in(path: str, key: str | None) -> Non
     assert " onload=" not in answer.text
 
 
-@pytest.mark.parametrize(
-    "path", ["/runs", "/runs/r/statistics", "/runs/nobody/statistics", "/runs/r/", "/runs/", "/runs/r/x", "/runs/../score"]
-)
+@pytest.mark.parametrize("path", ["/runs", "/runs/r/statistics", "/runs/nobody/statistics", "/runs/r/", "/runs/r/x", "/runs/../score"])
 async def test_numbers_are_behind_the_key(path: str) -> None:
     async with serving(api_key=KEY) as served:
         key = {"Authorization": f"Bearer {KEY}"}
@@ -264,7 +278,7 @@ async def test_of_scores_on_both_sides_of_0_the_sum_is_exposed() -> None:
         assert "reward_score_sum" not in shown
 
 
-QUERIES = {"query": CAPTIONS, "prompts": ["", "", ""], "labels": [{"image": IMAGE}] * 3}
+QUERIES = {"query": ["Write: " + caption for caption in CAPTIONS], "prompts": ["Write: "] * 3, "labels": [{"image": IMAGE}] * 3}
 
 
 @pytest.mark.parametrize(
