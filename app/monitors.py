@@ -69,12 +69,17 @@ class RunMonitors:
         self._series: dict[str, _Series] = {}
         metrics.runs.set_function(self._settled)
 
-    def observe(self, run_id: str, captions: Sequence[str], scores: Sequence[float | None], about: tuple[str | None, str | None]) -> None:
-        """Some scored captions about one (picture's id, prompt). Whoever waits for the scores gets them whatever happens here."""
+    def observe(
+        self, run_id: str, captions: Sequence[str], scores: Sequence[float | None], about: tuple[str | None, str | None] | None
+    ) -> None:
+        """Some scored captions about one (picture's id, prompt); None where others of them were left out.
+
+        Whoever waits for the scores gets them whatever happens here.
+        """
         try:
             run = self.runs.active(run_id)
             series = self._series.get(run_id) or self._begin(run)
-            series.count(run.observe(captions, scores, self._clock(), hash(about)))
+            series.count(run.observe(captions, scores, self._clock(), None if about is None else hash(about)))
         except Exception:
             log.exception("a group of %d captions is missing in the monitors of its run", len(captions))
             self._metrics.run_faults.inc()

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from app.artifacts import RewardModelConfig
 
-_HELD_S = (0.25, 0.75)  # between two attempts of a request that waits for room
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 2.0  # between two attempts of a request that waits for room
 OnItemError = Literal["fail", "null"]
 
 
@@ -52,6 +52,7 @@ class GroupRequest:
     prompt: str | None = None
     field: str = ""  # where it stands in the request, "groups[2]"; names the fault in errors
     caption_fields: tuple[str, ...] = ()  # where each caption stands; empty: in `captions` of the field
+    is_part: bool = False  # others of its group were left out, so that it is none that came alone
     fresh: bool = False  # compute it whatever is cached
 
 
@@ -168,7 +169,8 @@ class ScoringService:
                 self._observe(result.scores)
         if run_id is not None:
             for request, result in zip(requests, results, strict=True):
-                self.monitors.observe(run_id, request.captions, result.scores, (result.image_id, request.prompt))
+                about = None if request.is_part else (result.image_id, request.prompt)
+                self.monitors.observe(run_id, request.captions, result.scores, about)
         return results
 
     async def _score(
@@ -186,16 +188,22 @@ class ScoringService:
         return [_result(group, own) for group, own in zip(prepared, jobs, strict=True)]
 
     async def _hold(self, attempt: Callable[[float], Coroutine[Any, Any, list[GroupResult]]], timeout_s: float) -> list[GroupResult]:
-        """Attempts as long as there is no room, the last one at the deadline; its refusal is raised."""
-        deadline = time.monotonic() + timeout_s
+        """Attempts as long as there is no room, ever more seldom, since each may decode and encode; the last refusal is raised."""
+        deadline, wait_s = time.monotonic() + timeout_s, _FIRST_WAIT_S
         while True:
             try:
                 return await attempt(max(0.0, deadline - time.monotonic()))
             except Overloaded:
                 left_s = deadline - time.monotonic()
-                if left_s <= 0:
+                if left_s < _FIRST_WAIT_S:
                     raise
-                await asyncio.sleep(min(random.uniform(*_HELD_S), left_s))  # noqa: S311 (so that they do not come back as one)
+                await asyncio.sleep(min(wait_s * random.uniform(0.5, 1.0), left_s / 2))  # noqa: S311 (not all of them at once)
+                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+    def count_left_out(self, num_captions: int) -> None:
+        """Captions that were received and that nobody will ask scores for."""
+        self._metrics.items_received.inc(num_captions)
+        self._metrics.items.labels("null").inc(num_captions)
 
     @contextmanager
     def refusing(self, num_captions: int) -> Iterator[None]:

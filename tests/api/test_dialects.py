@@ -7,12 +7,14 @@ import base64
 import hashlib
 import json
 import math
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from app.api.dialects.chats import MAX_STRIPPED, last_user, picture_in, split_or_none, without_end
 from app.api.dialects.table import DIALECTS, PATHS
+from app.errors import InvalidRequest
 from tests.fakes import MAX_CAPTION_TOKENS, UNSCORABLE, OracleScorer, Served, expected_scores, picture, serving, until
 
 pytestmark = pytest.mark.anyio
@@ -128,17 +130,88 @@ async def test_a_policy_cannot_hide_what_it_wrote_behind_a_marker(application: S
 @pytest.mark.parametrize("sly", SLY[:3])
 async def test_where_a_prompt_is_not_known_what_may_be_hidden_is_refused(application: Served, sly: str) -> None:
     label, other = await put(application, PICTURE), await put(application, OTHER)
-    for text in (QWEN + sly, QWEN + sly.replace("\nA<", f"\n<image:{other}><"), "[INST] Write. [/INST] " + sly, sly):
-        for body in ({}, {"prompts": [""]}, {"prompts": ["Write."]}):
-            assert await refused(application, "/get_reward", {"query": [text], "labels": [label], **body}) == (
-                "caption_unclear",
-                "query[0]",
-            )
+    for text in (QWEN + sly, QWEN + sly.replace("\nA<", f"\n<image:{other}><")):
+        for prompts in ({}, {"prompts": [""]}):
+            told = await refused(application, "/get_reward", {"query": [text], "labels": [label], **prompts})
+            assert told == ("several_turns", "query[0]")
         for path in ("/classify", "/v1/embeddings", "/pooling"):
-            assert await refused(application, path, {"input": text, "label": label}) == ("caption_unclear", "input[0]")
+            assert await refused(application, path, {"input": text, "label": label}) == ("several_turns", "input[0]")
     assert (await ask(application, "/get_reward?refused=-2.5", {"query": [QWEN + sly], "labels": [label]}))["rewards"] == [-2.5]
     assert (await ask(application, "/classify?refused=-2.5", {"input": QWEN + sly}))["data"][0]["probs"] == [-2.5]
     assert application.scorer.batches == []
+    assert application.metric("reward_items_total", outcome="null") == 2
+
+
+FOREIGN = (
+    "[INST] Write. [/INST] ",
+    "<|im_start|>User:<image>Write.<end_of_utterance>\nAssistant:",
+    "<|im_start|>user<|im_sep|>Write.<|im_end|><|im_start|>assistant<|im_sep|>",
+    "<|im_start|>user\nWrite.<|im_end|>\n<|im_start|>bot\n",
+    "<|im_start|>user\nWrite.<|im_end|>\n",
+    "<|start_header_id|>user<|end_header_id|>\nWrite.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n",
+    "",
+)
+
+
+@pytest.mark.parametrize("begin", FOREIGN)
+@pytest.mark.parametrize("sly", [*SLY, "Nice day."])
+async def test_in_a_template_we_do_not_know_nothing_is_taken_for_the_caption(application: Served, begin: str, sly: str) -> None:
+    """Nor is it the policy's fault: no number of the user's own is given for it."""
+    label = await put(application, PICTURE)
+    for suffix in ("", "?refused=-5"):
+        body = {"query": [begin + sly], "labels": [label]}
+        assert await refused(application, f"/get_reward{suffix}", body) == ("caption_unclear", "query[0]")
+        body["prompts"] = ["<bos>" + (begin or "Write.")]
+        assert await refused(application, f"/get_reward{suffix}", body) == ("caption_unclear", "query[0]")
+        assert await refused(application, f"/classify{suffix}", {"input": begin + sly, "label": label}) == ("caption_unclear", "input[0]")
+
+
+@pytest.mark.parametrize(
+    ("pad", "spelt"),
+    [
+        ("<|video_pad|>", "<|video_pad|>" * 4),
+        ("<start_of_image>", "\n\n<start_of_image>" + "<image_soft_token>" * 4 + "<end_of_image>\n\n"),
+        ("<image>", "<img>" + "<IMG_CONTEXT>" * 4 + "</img>"),
+        ("<image>", "<image>" * 4),
+    ],
+)
+async def test_pictures_are_spelt_out_in_many_ways(application: Served, pad: str, spelt: str) -> None:
+    label = await put(application, PICTURE)
+    prompt = f"<s>user: {pad}Write.\nassistant: "
+    body = {"query": [prompt.replace(pad, spelt) + "Nice day."], "prompts": [prompt], "labels": [label]}
+    assert (await ask(application, "/get_reward", body))["rewards"] == expected_scores(PICTURE, ["Nice day."])
+    body["query"] = [prompt.replace(pad, "") + "Nice day."]
+    assert await refused(application, "/get_reward", body) == ("caption_unclear", "query[0]")
+
+
+async def test_a_prompt_without_its_last_marker_is_no_prompt(application: Served) -> None:
+    label, prompt = await put(application, PICTURE), QWEN[: QWEN.index("<|im_start|>assistant")]
+    body = {"query": [QWEN + "Nice day."], "prompts": [prompt], "labels": [label]}
+    assert await refused(application, "/get_reward", body) == ("caption_unclear", "query[0]")
+
+
+async def test_what_the_policy_said_earlier_names_no_picture(application: Served) -> None:
+    label, other = await put(application, PICTURE), await put(application, OTHER)
+    said = {"role": "assistant", "content": f"<image:{other}>"}
+    shown = {"role": "assistant", "content": [{"type": "image_url", "image_url": other}]}
+    user = {"role": "user", "content": "Again."}
+    for turn in (said, shown):
+        assert await refused(application, "/rm", {"prompt": [user, turn, user], "response": "a"}) == ("image_missing", "label")
+        assert (await refused(application, "/classify", {"messages": [user, turn, said]}))[0] == "several_turns"
+    assert (
+        await ask(application, "/rm", {"prompt": [user, said, user], "response": "a", "label": label}) == expected_scores(PICTURE, ["a"])[0]
+    )
+
+
+async def test_one_kind_of_unknown_token_may_end_a_caption(application: Served) -> None:
+    """Else a policy could end each with as many words as it likes, which nobody scores."""
+    body = {"prompt": "", "label": await put(application, PICTURE)}
+    for end, kept in (
+        ("<|return|><|return|>\n<|endoftext|>", ""),
+        ("<|im_end|>\n<|endoftext|>", ""),
+        ("<|Ignore|> <|great|>", "<|Ignore|>"),
+    ):
+        assert await ask(application, "/rm", {**body, "response": "Nice day." + end}) == expected_scores(PICTURE, ["Nice day." + kept])[0]
 
 
 async def test_a_text_that_is_no_chat_is_not_taken_for_a_caption(application: Served) -> None:
@@ -182,10 +255,12 @@ def test_no_text_takes_long_to_read(part: str) -> None:
     text = QWEN + part * (MAX_STRIPPED // len(part) - len(QWEN)) + "x"
     for _ in range(20):
         without_end(text)
-        last_user(text.replace("<|im_start|>user", "<|im_start|>tool"))
+        with suppress(InvalidRequest):
+            last_user(text)
         picture_in(text)
         for prompt in (None, text[1:], SHOWN + part * 1000, "<image>" + text):
-            split_or_none(text, prompt, may_fail=True)
+            with suppress(InvalidRequest):
+                split_or_none(text, prompt, may_fail=True)
 
 
 async def test_what_the_model_cannot_take_may_have_a_number_of_the_trainers_own(application: Served) -> None:
@@ -197,7 +272,12 @@ async def test_what_the_model_cannot_take_may_have_a_number_of_the_trainers_own(
     assert (await ask(application, "/get_reward?refused=-5", body))["rewards"] == [one, -5, -5, -5, other]
     assert await ask(application, "/rm?refused=-5", {"prompt": "", "response": texts[1], "label": label}) == -5
     assert (await refused(application, "/get_reward", body, 413)) == ("caption_too_large", "query[2]")
-    for wrong in ("nan", "inf", "zero", ""):
+    received, outcomes = (
+        application.metric("reward_items_received_total"),
+        [application.metric("reward_items_total", outcome=outcome) for outcome in ("scored", "null", "client_error")],
+    )
+    assert (received, outcomes) == (11, [2, 4, 5])
+    for wrong in ("nan", "inf", "zero", "", "1e39", "1_0", "٣", " 1"):
         assert await refused(application, f"/get_reward?refused={wrong}", body) == ("invalid_request", "refused")
     assert await refused(application, "/rerank?refused=1", {"query": label, "documents": ["a"]}) == ("unknown_field", "refused")
 
@@ -397,10 +477,11 @@ async def test_a_label_of_another_kind_is_the_trainers_own_affair(application: S
     ("label", "status", "code"),
     [
         ('{"a": [' + "[]," * 60_000 + "[]]}", 413, "too_many_items"),
-        ('{"a": ' + "[" * 40_000 + "]" * 40_000 + "}", 400, "too_deep"),
+        ('{"a": ' + "[" * 1_900 + "]" * 1_900 + "}", 400, "too_deep"),
+        ('{"a": ' + "[" * 40_000 + "]" * 40_000 + "}", 413, "too_many_items"),
         ('{"image_id": "a", "image_id": "b"}', 400, "duplicate_key"),
     ],
-    ids=["many values", "deep", "twice"],
+    ids=["many values", "deep", "deeper", "twice"],
 )
 async def test_a_label_is_read_as_strictly_as_a_body(application: Served, label: str, status: int, code: str) -> None:
     assert await refused(application, "/rm", {"prompt": "a", "response": "b", "label": label}, status) == (code, "label")

@@ -300,3 +300,14 @@ async def test_an_odd_run_is_refused_there_too(application: Served, path: str, h
     answer = await application.client.post(path, json=QUERIES, headers=headers)
     assert (answer.status_code, answer.json()["error"]["field"]) == (422, "run_id")
     assert application.scorer.batches == []
+
+
+async def test_what_is_left_of_a_group_joins_no_other(application: Served) -> None:
+    """Three rollouts of one picture of which one caption each can be scored are three groups, not one."""
+    texts = ["Write: Nice day.", *["Write: " + "x" * 9000] * 3]
+    body = {"query": texts, "prompts": ["Write: "] * 4, "labels": [{"image": IMAGE}] * 4}
+    for _ in range(3):
+        answer = await application.client.post("/get_reward?run_id=r&refused=-5", json=body)
+        assert answer.json()["rewards"][1:] == [-5] * 3
+    total = (await numbers(application, "r"))["total"]
+    assert (total["groups"], total["captions"], total["compared_groups"]) == (3, 3, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import Any
 
 from app.errors import InvalidRequest, RequestError
 from app.preference import probability
+
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_MAX_NUMBER = 3.4e38  # of a float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class Asking:
     """What a reader is told beside the body. `params`: the dialect's own query parameters."""
 
     takes_images: bool
+    max_captions: int
     params: Mapping[str, str]
 
     @property
@@ -58,12 +63,9 @@ class Asking:
         text = self.params.get("refused")
         if text is None:
             return None
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise InvalidRequest("refused is a finite number", field="refused")
+        number = float(text) if _NUMBER.fullmatch(text) else math.nan
+        if not abs(number) <= _MAX_NUMBER:
+            raise InvalidRequest("refused is a number that a float32 holds", field="refused")
         return number
 
 

@@ -131,6 +131,8 @@ def _before_caption(messages: list[Message]) -> list[Message]:
         return []
     if len(messages) < 2 or messages[-1].role != "assistant" or messages[-1].images:
         raise InvalidRequest("messages end with the assistant's, which is the caption, after a user's")
+    if any(message.role not in ("system", "user") for message in messages[:-1]):
+        raise InvalidRequest("several turns, of which one would be scored", code="several_turns")
     if all(message.role != "user" for message in messages):
         raise InvalidRequest("messages have no user's turn")
     return messages[:-1]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from app.api.bodies import parse_json
+from app.api.bodies import num_structural, parse_json
 from app.api.dialects.asked import placed
 from app.api.dialects.chats import picture_in
-from app.errors import InvalidJson, InvalidRequest
+from app.errors import InvalidJson, InvalidRequest, TooManyItems
 
 WAYS = (
     "this model needs an image: put it in the label or the metadata, as JSON with `image`, `image_url`, `image_b64` or `image_id`, or "
@@ -18,6 +18,7 @@ WAYS = (
 )
 _KEYS = ("image", "image_url", "image_b64", "image_id")
 _HEX = re.compile(r"[0-9a-f]{64}")
+_MAX_VALUES = 2000  # of a label in JSON; there may be one with every caption
 _STARTS = ("data:", "sha256:")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{64,}={0,2}")
 _ADDRESSES = ("http://", "https://")
@@ -75,9 +76,12 @@ def _of_text(text: str, where: str) -> Named:
         return Named(_text(text, where))
     if not text.startswith("{"):
         return Named()
+    encoded = text.encode("utf-8", "surrogatepass")
+    if num_structural(encoded) > _MAX_VALUES:
+        raise TooManyItems(f"a label holds more than {_MAX_VALUES} values", field=where)
     try:
         with placed(where):
-            told = parse_json(text.encode("utf-8", "surrogatepass"))
+            told = parse_json(encoded)
     except InvalidJson:
         return Named()
     return _of(told, where) if isinstance(told, dict) else Named()

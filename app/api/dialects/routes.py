@@ -63,12 +63,13 @@ class DialectRoutes:
 
     async def _answer(self, request: Request, dialect: Dialect) -> Response:
         options, params = read_options(request, dialect.params)
-        asking = Asking(self._service.takes_images, params)
+        asking = Asking(self._service.takes_images, self._settings.max_captions, params)
         asked = await read_json(request, dialect.body, self._settings, lambda told: dialect.read(told, asking))
         with self._service.refusing(len(asked.items)):
             check_fingerprint(options, self._card.fingerprint)
             deadline, run_id = self._deadline(options, dialect), run_id_of(request, options.run_id)
             requests, places = self._requests(asked, asking.refused)
+        self._service.count_left_out(len(asked.items) - len(places))
         rule: OnItemError = "fail" if asking.refused is None else "null"
         results = await self._score(request, requests, deadline, rule, run_id, holds=dialect.patience_s is not None) if requests else []
         return JsonAnswer(asked.answer(self._scored(request, asked, results, places, asking.refused)))
@@ -87,7 +88,8 @@ class DialectRoutes:
         groups = grouped(asked.items, wanted)
         if len(groups) > self._settings.max_groups:
             raise TooManyItems(f"at most {self._settings.max_groups} images or prompts a request", field=asked.items[-1].where)
-        requests = [_request([asked.items[place] for place in group.places]) for group in groups]
+        is_part = len(wanted) < len(asked.items)
+        requests = [_request([asked.items[place] for place in group.places], is_part=is_part) for group in groups]
         return requests, [place for group in groups for place in group.places]
 
     def _is_wanted(self, item: Item, refused: float | None) -> bool:
@@ -137,11 +139,11 @@ def _number(score: float | None) -> float:
     return score
 
 
-def _request(items: list[Item]) -> GroupRequest:
+def _request(items: list[Item], *, is_part: bool) -> GroupRequest:
     """Items of one image and prompt, each with a caption."""
     first = items[0]
     wheres, captions = tuple(item.where for item in items), tuple(item.caption for item in items if item.caption is not None)
-    return GroupRequest(captions, first.image, first.prompt, field=first.where, caption_fields=wheres)
+    return GroupRequest(captions, first.image, first.prompt, field=first.where, caption_fields=wheres, is_part=is_part)
 
 
 def _body(dialect: Dialect) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from app.api.dialects.chats import last_user, split_or_none, without_end, withou
 from app.api.dialects.pictures import named_in, needed
 from app.api.dialects.wire import Message, Peer, texts_of, words_of_user
 from app.api.schemas import Text
-from app.errors import InvalidRequest
+from app.errors import InvalidRequest, TooManyItems
 
 
 class GetRewardRequest(Peer):
@@ -49,6 +49,8 @@ class RewardAnswer(Peer):
 def read_get_reward(told: GetRewardRequest, asking: Asking) -> Asked:
     """Raises InvalidRequest where the lists have different lengths, or a caption cannot be told from its prompt."""
     num = len(told.query)
+    if num > asking.max_captions:  # before anything is read of their labels
+        raise TooManyItems(f"at most {asking.max_captions} captions a request", field="query")
     for name, given in (("prompts", told.prompts), ("labels", told.labels)):
         if given is not None and len(given) != num:
             raise InvalidRequest(f"{len(given)} for {num} queries", field=name)
@@ -91,16 +93,21 @@ def read_rm(told: RmRequest, asking: Asking) -> Asked:
 
 
 def _shown(prompt: str | list[Message]) -> list[tuple[str, Any]]:
-    """The picture among the messages."""
+    """The picture among the messages that the policy did not write."""
     turns = [] if isinstance(prompt, str) else prompt
-    found = [(f"prompt[{index}]", {"image": image}) for index, message in enumerate(turns) for image in message.images]
+    found = [
+        (f"prompt[{index}]", {"image": image})
+        for index, message in enumerate(turns)
+        if message.role != "assistant"
+        for image in message.images
+    ]
     if len(found) > 1:
         raise InvalidRequest("a score is of one image", code="several_images")
     return list(found)
 
 
 def _words(prompt: str | list[Message]) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(texts_of(message) for message in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(texts_of(message) for message in prompt if message.role != "assistant")
 
 
 def _form(params: Any) -> Literal["number", "dict"]:
