@@ -69,15 +69,6 @@ class Asking:
         return number
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Items of one image and prompt, by their places in the request: they share their prefix."""
-
-    image: str | None
-    prompt: str | None
-    places: tuple[int, ...]
-
-
 @contextmanager
 def placed(where: str) -> Iterator[None]:
     """A fault that names no field is this one's."""
@@ -88,12 +79,12 @@ def placed(where: str) -> Iterator[None]:
         raise
 
 
-def grouped(items: Sequence[Item], places: Sequence[int]) -> list[Group]:
-    """The items at these places, each in one group, groups in the order they first come."""
+def grouped(items: Sequence[Item], places: Sequence[int]) -> list[list[int]]:
+    """The places of items with one image and prompt together, which share their prefix, in the order the groups first come."""
     found: dict[tuple[str | None, str | None], list[int]] = {}
     for place in places:
         found.setdefault((items[place].image, items[place].prompt), []).append(place)
-    return [Group(image, prompt, tuple(places)) for (image, prompt), places in found.items()]
+    return list(found.values())
 
 
 def activated(score: float, *, use: bool) -> float:

@@ -66,10 +66,16 @@ def split_chat(text: str, prompt: str | None = None) -> tuple[str, str]:
     Raises InvalidRequest: `caption_unclear`, which no policy can bring about, or `several_turns`, of which any may be the policy's own.
     """
     end = _end_of(prompt, text) if prompt else _end_of_single_turn(text)
-    if end is None or any(text.startswith(template.assistant, end) for template in _TEMPLATES):
+    if end is None or any(_lacks_marker(template, text, end) for template in _TEMPLATES):
         message = "what of this text is the caption is not clear: it begins with no prompt that was sent, and is no chat of one turn each"
         raise InvalidRequest(message, code="caption_unclear")
     return text[:end], without_end(text[end:])
+
+
+def _lacks_marker(template: Template, text: str, end: int) -> bool:
+    """Whether the prompt was sent without the marker of the assistant's turn, which stands before the caption then."""
+    last = text.rfind(template.turn, 0, end)
+    return last >= 0 and not text.startswith(template.assistant, last) and text.startswith(template.assistant, end)
 
 
 def _end_of(prompt: str, text: str) -> int | None:

@@ -89,8 +89,8 @@ class DialectRoutes:
         if len(groups) > self._settings.max_groups:
             raise TooManyItems(f"at most {self._settings.max_groups} images or prompts a request", field=asked.items[-1].where)
         is_part = len(wanted) < len(asked.items)
-        requests = [_request([asked.items[place] for place in group.places], is_part=is_part) for group in groups]
-        return requests, [place for group in groups for place in group.places]
+        requests = [_request([asked.items[place] for place in group], is_part=is_part) for group in groups]
+        return requests, [place for group in groups for place in group]
 
     def _is_wanted(self, item: Item, refused: float | None) -> bool:
         """Whether the service is asked about it. Raises CaptionTooLarge, unless there is a number for captions that are `refused`."""
