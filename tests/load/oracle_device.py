@@ -26,7 +26,7 @@ from app.settings import Settings
 STICKY, HANG, RAISE, NAN, SHORT, HUGE, DIE = "<sticky>", "<hang>", "<raise>", "<nan>", "<short>", "<huge>", "<die>"
 FAULTS = (STICKY, HANG, RAISE, NAN, SHORT, HUGE, DIE)
 GARBAGE = 0.5  # what a broken device says
-_PLANT_EVERY = 8  # batches between two planted mix-ups
+_PLANT_EVERY = 8  # batches that could be mixed up, between two that are
 OracleShare = Share[str, str]
 
 
@@ -91,6 +91,7 @@ class OracleDevice:
         self._plan = plan
         self._plant = plant
         self._num_batches = 0
+        self._num_chances = 0
         self._is_broken = False
 
     def prepare(self, groups: Sequence[EncodedGroup]) -> PreparedBatch:
@@ -135,14 +136,23 @@ class OracleDevice:
     def _planted(self, scores: list[Scores]) -> list[Scores]:
         if self._is_broken:  # a broken device does not always say so again
             return [replace(each, values=(GARBAGE,) * len(each.values)) for each in scores]
-        if self._num_batches % _PLANT_EVERY:
+        mixed = _mixed_up(scores, self._plant)
+        if mixed == [each.values for each in scores]:  # nobody beside it to be mixed up with
             return scores
-        first = scores[0]
-        if self._plant == "swap-rows":
-            scores[0] = replace(first, values=first.values[::-1])
-        if self._plant == "neighbour" and len(scores) > 1:
-            scores[0] = replace(first, values=(scores[1].values[0], *first.values[1:]))
-        return scores
+        self._num_chances += 1
+        if self._num_chances % _PLANT_EVERY != 1:
+            return scores
+        return [replace(each, values=values) for each, values in zip(scores, mixed, strict=True)]
+
+
+def _mixed_up(scores: Sequence[Scores], plant: str | None) -> list[tuple[float, ...]]:
+    """The scores' values as the planted defect would leave them."""
+    values = [each.values for each in scores]
+    if plant == "swap-rows":
+        values[0] = values[0][::-1]
+    if plant == "neighbour" and len(values) > 1:
+        values[0] = (values[1][0], *values[0][1:])
+    return values
 
 
 def build_device(
