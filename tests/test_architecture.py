@@ -52,6 +52,8 @@ TABLE = (
         "attention",
         "packing",
         "heads",
+        "bases",
+        "adapters",
         "model",
         "engine",
         "admission",
@@ -123,6 +125,8 @@ MAY_LOAD_HEAVY = {
         "attention",
         "packing",
         "heads",
+        "bases",
+        "adapters",
         "model",
         "engine",
         "scoring",
@@ -132,7 +136,20 @@ MAY_LOAD_HEAVY_LATE = {"app.cli"}
 LOADS_HEAVY_BY_IMPORT = MAY_LOAD_HEAVY | {"app.serving"}
 TRAINING_MAY_IMPORT = {
     f"app.{name}"
-    for name in ("contracts", "errors", "images", "artifacts", "encoding", "attention", "packing", "heads", "model", "scoring", "golden")
+    for name in (
+        "contracts",
+        "errors",
+        "images",
+        "artifacts",
+        "encoding",
+        "attention",
+        "packing",
+        "heads",
+        "bases",
+        "model",
+        "scoring",
+        "golden",
+    )
 } | {"app", "app.geometry", "app.hardware"}
 VAGUE = {"utils", "util", "helpers", "helper", "common", "manager", "handler", "misc"}
 

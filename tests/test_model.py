@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, MistralConfig, MistralModel
 
 from app.artifacts import Artifact, base_sha256, open_artifact
+from app.bases import load_backbone
 from app.contracts import EncodedGroup
 from app.encoding import Encoder
 from app.errors import ArtifactInvalid
 from app.heads import LinearHead
-from app.model import LoadedModel, RewardModel, load_backbone, load_model, resolve_device, resolve_dtype
+from app.model import LoadedModel, RewardModel, load_model, resolve_device, resolve_dtype
 from app.packing import pack
 from app.scoring import score_plain, score_shared
 from tests.tiny import copy_artifact, edit_json, edit_tensors, encode, write_text_only

@@ -14,10 +14,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from app.artifacts import PROCESSOR_NAME, Artifact, RewardModelConfig, find_base
+from app.bases import load_backbone, read_base_config
 from app.encoding import Encoder, load_encoder
 from app.errors import ArtifactInvalid
 from app.heads import LinearHead
-from app.model import RewardModel, load_backbone, read_base_config
+from app.model import RewardModel
 from training.recipe import Lora, Model, Recipe, RecipeInvalid, Regularisation
 
 OWN_BASE = "./base"  # where an artifact keeps a base that was trained itself

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from app.artifacts import Artifact, open_artifact
+from app.bases import read_base_config
 from app.bench.flops import Shapes
 from app.bench.loopback import serving
 from app.bench.memory import free_bytes, weights_bytes
@@ -21,7 +22,7 @@ from app.errors import SettingsInvalid
 from app.hardware import Hardware, find_hardware
 from app.main import Runtime, build_scorer, image_limits
 from app.metrics import Metrics
-from app.model import load_model, read_base_config, resolve_device, resolve_dtype
+from app.model import load_model, resolve_device, resolve_dtype
 from app.settings import Settings
 
 _NO_SCORES = {"score_cache_bytes": 0}  # a kept score would be told again in every company

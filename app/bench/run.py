@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from app.artifacts import open_artifact
+from app.bases import read_base_config
 from app.bench.flops import Shapes
 from app.bench.limit import measure_rate, rate_now
 from app.bench.load import measure_load
@@ -23,7 +24,7 @@ from app.encoding import load_encoder
 from app.errors import SettingsInvalid
 from app.hardware import find_hardware
 from app.main import Runtime, image_limits
-from app.model import RewardModel, load_model, read_base_config
+from app.model import RewardModel, load_model
 from app.settings import Settings
 
 MIN_FREE = 1.1  # of the weights, for a second copy of them

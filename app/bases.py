@@ -1,0 +1,135 @@
+"""Base models on disk: families whose forward we know, names of weights old and new, loaded with every weight accounted for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel
+
+from app.artifacts import Artifact
+from app.encoding import TEXT_ONLY_FAMILIES
+from app.errors import ArtifactInvalid
+
+_UNUSED_BASE_KEYS = {"lm_head.weight"}
+# Names within a whole model, old (`visual`, `model`) and new (`model.visual`, `model.language_model`), to those within the backbone; the
+# first that matches counts. transformers 5.23 takes `model.visual` of a base for a part of the language model; peft knows none of them.
+BACKBONE_NAMES = {
+    "qwen2_5_vl": {r"^model\.visual\.": "visual.", r"^model\.language_model\.": "language_model.", r"^model\.": "language_model."},
+    "qwen2": {r"^model\.": ""},
+}
+SUPPORTED_FAMILIES = ("qwen2_5_vl", *TEXT_ONLY_FAMILIES)
+_NUM_NAMED = 3  # keys that a refusal names
+_MAX_REASON = 300  # characters of a library's own words
+_GROWING_ROPES = ("dynamic", "longrope")  # their frequencies depend on the length of the whole
+
+
+def load_backbone(artifact: Artifact, dtype: torch.dtype) -> Any:
+    """The base without language-model head, every weight accounted for."""
+    path = artifact.base_path
+    config = read_base_config(path)
+    key_mapping = _key_mapping(path, config.model_type)
+    try:
+        backbone, info = AutoModel.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            key_mapping=key_mapping,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever the libraries raise, the base is at fault
+        raise ArtifactInvalid(f"{path}: base model cannot be loaded ({reason_of(error)})") from None
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if found := sorted(map(str, set(map(_name, info.get(fault, ()))) - _UNUSED_BASE_KEYS)):
+            raise ArtifactInvalid(f"{path}: {len(found)} {fault.replace('_', ' ')} in the base weights, first {first_of(found)}")
+    return backbone
+
+
+def _key_mapping(path: Path, family: str) -> dict[str, str] | None:
+    """What transformers must be told of the names in a base, None where it knows them itself. Raises ArtifactInvalid for double ones."""
+    names_of = {shard: tensor_names(shard) for shard in sorted(path.glob("*.safetensors"))}
+    names = [name for shard in _shards(path) for name in names_of.get(shard, ())]
+    refuse_doubles(path, [backbone_name(name, family) for name in names])
+    return BACKBONE_NAMES[family] if any(name.startswith("model.visual.") for name in names) else None
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files that transformers reads: the one whole file if there is one, else those the index names."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.exists() or not index.exists():
+        return [whole] if whole.exists() else sorted(path.glob("*.safetensors"))
+    try:
+        found = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise ArtifactInvalid(f"{index}: cannot be read as an index of weights") from None
+    return [path / str(name) for name in found]
+
+
+def backbone_name(name: str, family: str) -> str:
+    """A weight's name within the backbone, whichever of its published names it has on disk."""
+    for pattern, replacement in BACKBONE_NAMES[family].items():
+        renamed, matched = re.subn(pattern, replacement, name)
+        if matched:
+            return renamed
+    return name
+
+
+def refuse_doubles(path: Path, names: Sequence[str]) -> None:
+    """One of two weights for the same place would be dropped, and nobody could say which."""
+    if double := sorted(name for name, times in Counter(names).items() if times > 1):
+        raise ArtifactInvalid(f"{path}: {len(double)} weights under two names, first {first_of(double)}")
+
+
+def first_of(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:_NUM_NAMED])
+
+
+def read_base_config(path: Path) -> Any:
+    """The base's configuration, of a family whose forward we know and without tricks that change it."""
+    name = path / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ArtifactInvalid(f"{name}: cannot be read ({reason_of(error)})") from None
+    if config.model_type not in SUPPORTED_FAMILIES:
+        raise ArtifactInvalid(f"{name}: expected one of {SUPPORTED_FAMILIES}, found {config.model_type!r}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ArtifactInvalid(f"{name}: expected full-precision weights, found a quantised base")
+    if set(config.get_text_config().layer_types) != {"full_attention"}:
+        raise ArtifactInvalid(f"{name}: expected full attention in every layer, found sliding windows")
+    for part in filter(None, (config.get_text_config(), getattr(config, "vision_config", None))):
+        if part.hidden_act != "silu":
+            raise ArtifactInvalid(f"{name}: expected hidden_act 'silu', found {part.hidden_act!r}")
+    if (rope := config.get_text_config().rope_parameters["rope_type"]) in _GROWING_ROPES:
+        raise ArtifactInvalid(f"{name}: rope_type {rope!r} makes a prefix depend on what follows it; expected one with fixed frequencies")
+    return config
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names in a safetensors file. Raises ArtifactInvalid for one that is cut off or no safetensors at all."""
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return sorted(stream.keys())
+    except Exception as error:
+        raise ArtifactInvalid(f"{path}: cannot be read ({reason_of(error)})") from None
+
+
+def _name(key: Any) -> str:
+    return str(key[0]) if isinstance(key, tuple) else str(key)
+
+
+def reason_of(error: Exception) -> str:
+    """What a library's error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = next((line for line in lines if "mismatch" in line and "torch.Size" in line), lines[0] if lines else "")
+    return f"{type(error).__name__}: {line[:_MAX_REASON]}" if line else type(error).__name__
