@@ -231,6 +231,11 @@ def convert(
         Path | None, typer.Option(help="JSON lines of {image, captions, prompt?} (a text-only model: no image) to become golden items.")
     ] = None,
     offline: Annotated[bool, typer.Option(help="Never ask the Hub.")] = False,
+    caption_role: Annotated[
+        Literal["assistant", "dialogue", "raw"] | None, typer.Option(help="Of a published folder that does not say it: what a caption is.")
+    ] = None,
+    template: Annotated[str | None, typer.Option(help="As above: the prompt's text, or with --caption-role raw the whole.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="As above: the longest text, image included.")] = None,
 ) -> None:
     """Write the full artifact: safetensors head, every default spelt out, hashes, golden scores."""
     from app.converting import convert as run
@@ -240,7 +245,8 @@ def convert(
     _quiet_libraries()
     with err.status("opening") as status:
         inputs = read_inputs(golden) if golden else []
-        run(source, target, base_model=base_model, inputs=inputs, offline=offline, progress=status.update)
+        said = _named(caption_role=caption_role, template=template, max_tokens=max_tokens)
+        run(source, target, base_model=base_model, inputs=inputs, offline=offline, progress=status.update, said=said)
     out.print(f"wrote {target}; check it with: punchline selftest --model {target}", markup=False)
 
 

@@ -40,8 +40,9 @@ BENCH = (
 # Lowest first. A module imports only from modules that stand before it; imports for type checking and inside functions count too.
 TABLE = (
     ("errors", "settings", "contracts", "metrics"),
-    ("planning", "caches", "reuse", "budgets", "machine", "preference", "tallies", "joining", "runs", "images", "artifacts"),
+    ("planning", "caches", "reuse", "budgets", "machine", "preference", "tallies", "joining", "runs", "images", "layouts", "artifacts"),
     (
+        "framing",
         "encoding",
         "faults",
         "transfer",
@@ -115,6 +116,7 @@ HEAVY = {"torch", "transformers", "peft"}
 MAY_LOAD_HEAVY = {
     f"app.{name}"
     for name in (
+        "framing",
         "encoding",
         "faults",
         "transfer",
@@ -140,6 +142,7 @@ TRAINING_MAY_IMPORT = {
         "contracts",
         "errors",
         "images",
+        "layouts",
         "artifacts",
         "encoding",
         "attention",
