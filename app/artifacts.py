@@ -60,6 +60,26 @@ class Calibration(_Strict):
     temperature: float = Field(1.0, gt=0)
 
 
+class HeadSpec(_Strict):
+    """How the last hidden state becomes the score; what a linear head without bias does not need is left at its default.
+
+    two_layer is Linear(hidden, width), activation, Linear(width, 1), with SiLU the head of BaseReward (arXiv 2509.16127).
+    """
+
+    layers: Literal["linear", "two_layer"] = "linear"
+    bias: bool = Field(False, description="In every layer. The last one's moves all scores alike, and no win probability.")
+    width: int | None = Field(None, ge=1, description="Values between the two layers; two_layer only, and required there.")
+    activation: Literal["silu", "gelu", "relu", "tanh"] = Field("silu", description="Between the two layers; gelu is the exact one.")
+
+    @model_validator(mode="after")
+    def _fits_its_layers(self) -> Self:
+        if self.layers == "two_layer" and self.width is None:
+            raise ValueError("a two_layer head needs its width")
+        if self.layers == "linear" and (self.width is not None or self.activation != "silu"):
+            raise ValueError("a linear head has neither width nor activation")
+        return self
+
+
 class ScoreDistribution(_Strict):
     mean: float
     std: float = Field(ge=0)
@@ -70,6 +90,7 @@ class RewardModelConfig(_Strict):
 
     base_model_name: str = Field(description="Hub id, directory, or `./x` relative to the artifact.")
     score_head_shape: tuple[int, int] = Field(description="[1, hidden]")
+    head: HeadSpec = HeadSpec()
     schema_version: Literal[1] = 1
     kind: Literal["lora_head", "full_head"] = Field(
         "lora_head", description="lora_head: an adapter on a base; full_head: every weight trained, the base a folder of the artifact."
@@ -112,7 +133,8 @@ class RewardModelConfig(_Strict):
 _ASSUMABLE = tuple(
     name
     for name in RewardModelConfig.model_fields
-    if name not in {"base_model_name", "score_head_shape", "description", "files", "training", "score_distribution"}
+    # an absent head is no guess: the head's tensors must be those of a linear one
+    if name not in {"base_model_name", "score_head_shape", "head", "description", "files", "training", "score_distribution"}
 )
 
 
@@ -255,7 +277,8 @@ def base_sha256(base_path: Path) -> str:
 
 def fingerprint(artifact: Artifact, base_digest: str, runtime: dict[str, str]) -> str:
     """SHA-256 over everything that can change a score: recipe, files, base, and how this process computes."""
-    config = artifact.config.model_dump(mode="json", exclude=_NOT_SCORING)
+    plain = {"head"} if artifact.config.head == HeadSpec() else set()  # the only head there was before there was a key for it
+    config = artifact.config.model_dump(mode="json", exclude=_NOT_SCORING | plain)
     scoring = [artifact.root / name for name in _own_files(artifact.root) if not name.startswith("golden") and not name.endswith(".md")]
     files = {str(path.relative_to(artifact.root)): digest for path, digest in _hash_all(scoring)}
     return _digest({"config": config, "files": files, "base": base_digest, "runtime": runtime})

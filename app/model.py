@@ -16,7 +16,7 @@ from app.artifacts import Artifact, base_sha256, fingerprint
 from app.bases import load_backbone
 from app.encoding import TEXT_ONLY_FAMILIES
 from app.errors import ArtifactInvalid
-from app.heads import LinearHead, load_head
+from app.heads import Head, load_head
 from app.machine import MappedFiles, forget_pages
 from app.packing import Packed
 from app.varlen import choose, installed
@@ -29,7 +29,7 @@ _COPIED_AT_ONCE = 1 << 22  # values
 class RewardModel(nn.Module):
     """Backbone and head. `forward` runs packed groups, `forward_plain` one caption as the published recipe does."""
 
-    def __init__(self, backbone: Any, head: LinearHead) -> None:
+    def __init__(self, backbone: Any, head: Head) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -50,7 +50,7 @@ class RewardModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.head.linear.weight.device
+        return self.head.device
 
     def forward(self, packed: Packed) -> Tensor:
         """Scores of the packed rows, [rows] float32. Differentiable; positions are passed, no state is kept."""
@@ -117,15 +117,15 @@ def load_model(
     """
     place = torch.device(resolve_device(device))
     number = resolve_dtype(dtype, artifact.config.dtype, place)
-    head = load_head(artifact.head_path, artifact.config.score_head_shape)
+    head = load_head(artifact.head_path, artifact.config.score_head_shape, artifact.config.head)
     has_adapter = artifact.config.kind == "lora_head"
     base_digest = _checked_base(artifact, checked_adapter(artifact).get("base_model_name_or_path") if has_adapter else None)
     backbone = load_backbone(artifact, getattr(torch, number))
     if has_adapter:
         backbone = with_adapter(backbone, artifact, merge=lora == "merged")
     hidden = backbone.config.get_text_config().hidden_size
-    if head.linear.in_features != hidden:
-        raise ArtifactInvalid(f"{artifact.head_path}: head takes {head.linear.in_features} values, the base gives {hidden}")
+    if head.in_features != hidden:
+        raise ArtifactInvalid(f"{artifact.head_path}: head takes {head.in_features} values, the base gives {hidden}")
     model = RewardModel(backbone, head).eval().requires_grad_(False)
     _refuse_nonfinite(model, artifact)
     if place.type == "cpu" and not leave_mapped:
