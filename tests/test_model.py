@@ -99,7 +99,7 @@ def test_bfloat16_shared_and_plain_agree_to_its_precision(artifact: Artifact, gr
     assert np.abs(shared - plain).max() <= 2e-2
     assert np.abs(shared - exact).max() <= 6e-2
     assert {parameter.dtype for parameter in model.backbone.parameters()} == {torch.bfloat16}
-    assert model.head.linear.weight.dtype == torch.float32
+    assert model.head.last.weight.dtype == torch.float32
 
 
 def test_gradients_of_packed_and_plain_are_equal(artifact: Artifact, groups: list[EncodedGroup]) -> None:
@@ -482,4 +482,4 @@ def test_devices_and_number_formats() -> None:
 
 def test_the_head_is_outside_autocast(loaded: LoadedModel) -> None:
     assert isinstance(loaded.model.head, LinearHead)
-    assert loaded.model.head.linear.weight.dtype == torch.float32
+    assert loaded.model.head.last.weight.dtype == torch.float32
