@@ -2,6 +2,7 @@
 
 A packed sequence is `[prefix | suffix_1 | ... | suffix_N]` group after group. A suffix token sees its group's prefix and
 its own suffix; a prefix token sees the prefix before it. Nothing else. Called without a layout, it is plain SDPA.
+The layout is a keyword that transformers hands on untouched: where a mask belongs, some families take tensors only.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The spans of a packed sequence and the calls that compute them in order; takes the place of transformers' attention mask."""
+    """The spans of a packed sequence and the calls that compute them in order; says what else an attention mask would."""
 
     spans: tuple[GroupSpan, ...]
     calls: tuple[Call, ...]
@@ -103,13 +104,15 @@ def shared_prefix_attention(
     query: Tensor,  # [1, heads, tokens, head_dim]
     key: Tensor,  # [1, kv_heads, tokens, head_dim]
     value: Tensor,
-    attention_mask: Layout | Tensor | None,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    *,
+    layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """One SDPA call a small group, a few a wide one. Returns [1, tokens, heads, head_dim]."""
-    if not isinstance(attention_mask, Layout):
+    if layout is None:
         plain: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -125,7 +128,7 @@ def shared_prefix_attention(
             dropout_p=dropout,
             enable_gqa=True,
         )
-        for call in attention_mask.calls
+        for call in layout.calls
     ]
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 

@@ -15,17 +15,22 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from app.artifacts import Artifact
-from app.encoding import TEXT_ONLY_FAMILIES
+from app.encoding import FAMILIES
 from app.errors import ArtifactInvalid
 
 _UNUSED_BASE_KEYS = {"lm_head.weight"}
 # Names within a whole model, old (`visual`, `model`) and new (`model.visual`, `model.language_model`), to those within the backbone; the
 # first that matches counts. transformers 5.23 takes `model.visual` of a base for a part of the language model; peft knows none of them.
+_OLD_AND_NEW = {r"^model\.visual\.": "visual.", r"^model\.language_model\.": "language_model.", r"^model\.": "language_model."}
+_WHOLE_MODEL = {r"^model\.": ""}  # families that never had other names
 BACKBONE_NAMES = {
-    "qwen2_5_vl": {r"^model\.visual\.": "visual.", r"^model\.language_model\.": "language_model.", r"^model\.": "language_model."},
-    "qwen2": {r"^model\.": ""},
+    "qwen2_5_vl": _OLD_AND_NEW,
+    "qwen2_vl": _OLD_AND_NEW,
+    "qwen3_vl": _WHOLE_MODEL,
+    "qwen2": _WHOLE_MODEL,
+    "qwen3": _WHOLE_MODEL,
 }
-SUPPORTED_FAMILIES = ("qwen2_5_vl", *TEXT_ONLY_FAMILIES)
+_VISION_ACTIVATIONS = {"qwen2_5_vl": "silu", "qwen2_vl": "quick_gelu", "qwen3_vl": "gelu_pytorch_tanh"}
 _NUM_NAMED = 3  # keys that a refusal names
 _MAX_REASON = 300  # characters of a library's own words
 _GROWING_ROPES = ("dynamic", "longrope")  # their frequencies depend on the length of the whole
@@ -121,16 +126,20 @@ def read_base_config(path: Path) -> Any:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ArtifactInvalid(f"{name}: cannot be read ({reason_of(error)})") from None
-    if config.model_type not in SUPPORTED_FAMILIES:
-        raise ArtifactInvalid(f"{name}: expected one of {SUPPORTED_FAMILIES}, found {config.model_type!r}")
+    if config.model_type not in FAMILIES:
+        raise ArtifactInvalid(f"{name}: expected one of {FAMILIES}, found {config.model_type!r}")
     if getattr(config, "quantization_config", None) is not None:
         raise ArtifactInvalid(f"{name}: expected full-precision weights, found a quantised base")
-    if set(config.get_text_config().layer_types) != {"full_attention"}:
+    text = config.get_text_config()
+    if any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()):  # Qwen3-VL knows no other kind
         raise ArtifactInvalid(f"{name}: expected full attention in every layer, found sliding windows")
-    for part in filter(None, (config.get_text_config(), getattr(config, "vision_config", None))):
-        if part.hidden_act != "silu":
-            raise ArtifactInvalid(f"{name}: expected hidden_act 'silu', found {part.hidden_act!r}")
-    if (rope := config.get_text_config().rope_parameters["rope_type"]) in _GROWING_ROPES:
+    activations = [(text, "silu")]
+    if config.model_type in _VISION_ACTIVATIONS:
+        activations.append((config.vision_config, _VISION_ACTIVATIONS[config.model_type]))
+    for part, expected in activations:
+        if part.hidden_act != expected:
+            raise ArtifactInvalid(f"{name}: expected hidden_act {expected!r}, found {part.hidden_act!r}")
+    if (rope := text.rope_parameters["rope_type"]) in _GROWING_ROPES:
         raise ArtifactInvalid(f"{name}: rope_type {rope!r} makes a prefix depend on what follows it; expected one with fixed frequencies")
     return config
 

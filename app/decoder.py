@@ -1,4 +1,4 @@
-"""The decoder layers of Qwen2 and Qwen2.5-VL over packed prefixes and suffixes: transformers' weights, our own forward.
+"""The decoder layers of the Qwen families over packed prefixes and suffixes: transformers' weights, our own forward.
 
 A segment (a prefix or a suffix) looks at itself; a suffix also at its prefix, whose keys and values are kept for later batches.
 The last layer computes nothing but keys, values and what the pooled tokens need. The slow twin is transformers' own forward.
@@ -76,6 +76,19 @@ class Arrangement:
         return sum(self.prefix_lengths)
 
 
+@dataclass(frozen=True, slots=True)
+class DeepStack:
+    """What a picture adds to its own tokens behind the first layers, one after another (arXiv 2406.04334)."""
+
+    start: int  # of the image tokens, in the packed order
+    features: Tensor  # [layers, image tokens, hidden]
+
+    def add_to(self, hidden: Tensor, layer: int) -> None:
+        """To the states that leave a layer, [tokens, hidden], in place."""
+        if layer < len(self.features):
+            hidden[self.start : self.start + self.features.shape[1]] += self.features[layer]
+
+
 class Decoder:
     """Runs the layers of a transformers text model (`layers`, `norm`, `rotary_emb`) on packed tokens. Inference only."""
 
@@ -87,6 +100,7 @@ class Decoder:
         self._head_dim = int(attention.head_dim)
         self._num_kv_heads = int(text_model.config.num_key_value_heads)
         self._scale = float(attention.scaling)
+        self.num_query_values = int(text_model.config.num_attention_heads) * self._head_dim  # of a token; Qwen3's may be more than hidden
 
     def new_keys_values(self, num_tokens: int) -> Tensor:
         """Room for the keys and values of a prefix."""
@@ -94,13 +108,18 @@ class Decoder:
         shape = (len(self._layers), 2, num_tokens, self._num_kv_heads, self._head_dim)
         return torch.empty(shape, dtype=weight.dtype, device=weight.device)
 
-    def forward(self, embedded: Tensor, positions: Tensor, arrangement: Arrangement) -> Tensor:
-        """[tokens, hidden] and positions [3, tokens] (one axis for text) to the normed states of the pooled tokens, [rows, hidden]."""
+    def forward(self, embedded: Tensor, positions: Tensor, arrangement: Arrangement, pictures: Sequence[DeepStack] = ()) -> Tensor:
+        """[tokens, hidden] and positions [3, tokens] (one axis for text) to the normed states of the pooled tokens, [rows, hidden].
+
+        What pictures add behind the last layer would reach no pooled token.
+        """
         tokens = Tokens(embedded, *self._angles(embedded, positions))
         view = _View(arrangement, embedded.device, last=False)
         *numbers, last = range(len(self._layers))
         for number in numbers:
             tokens = replace(tokens, hidden=self._layer(number, tokens, tokens, view))
+            for picture in pictures:
+                picture.add_to(tokens.hidden, number)
         pooled = self._layer(last, tokens, tokens.some(arrangement.pooled), _View(arrangement, embedded.device, last=True))
         return norm(pooled, self._model.norm)
 
@@ -117,16 +136,21 @@ class Decoder:
         attention, mlp = layer.self_attn, layer.mlp
         normed = norm(tokens.hidden, layer.input_layernorm)
         normed_asking = normed if asking is tokens else norm(hidden, layer.input_layernorm)
-        key = rotate(self._heads(attention.k_proj(normed)), tokens.cos, tokens.sin)
+        key = self._turned(attention.k_proj(normed), getattr(attention, "k_norm", None), tokens)
         value = self._heads(attention.v_proj(normed))
         view.keep(number, key, value)
         if not len(hidden):
             return hidden  # a prefix by itself: its last layer ends here
-        query = rotate(self._heads(attention.q_proj(normed_asking)), asking.cos, asking.sin)
+        query = self._turned(attention.q_proj(normed_asking), getattr(attention, "q_norm", None), asking)
         attended = view.attend(number, query, key, value, self._scale)
         hidden = plus(attention.o_proj, attended.reshape(len(hidden), -1), hidden)
         inner = norm(hidden, layer.post_attention_layernorm)
         return plus(mlp.down_proj, times(mlp.up_proj, inner, silu(mlp.gate_proj, inner)), hidden)
+
+    def _turned(self, flat: Tensor, head_norm: Any | None, tokens: Tokens) -> Tensor:
+        """Queries or keys at their positions, [tokens, heads, head_dim]; Qwen3 norms each head before."""
+        heads = self._heads(flat)
+        return rotate(heads if head_norm is None else norm(heads, head_norm), tokens.cos, tokens.sin)
 
     def _heads(self, flat: Tensor) -> Tensor:
         return flat.view(len(flat), -1, self._head_dim)

@@ -26,7 +26,8 @@ from app.framing import REASONING_ENDS, Frame, Framer, TextRun
 from app.images import shrink, shrunk_size
 
 _Part = TypeVar("_Part")
-TEXT_ONLY_FAMILIES = ("qwen2",)  # model types of bases without a vision tower
+TEXT_ONLY_FAMILIES = ("qwen2", "qwen3")  # model types of bases without a vision tower
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", *TEXT_ONLY_FAMILIES)
 _ANY_CAPTION = "The"  # stands for all: what it shares with no caption at all is the prefix
 _SEAM = 4  # tokens that joining two texts may add to the sum of theirs
 _MAX_PROMPTS = 256  # whose truncation is remembered
@@ -438,14 +439,17 @@ def _read(what: str, path: Path, load: Callable[[], _Part]) -> _Part:
 def _read_base_config(artifact: Artifact) -> dict[str, Any]:
     """The base's configuration, its `image_token_id` None for a text-only base."""
     path = artifact.base_path / "config.json"
-    config = _read("configuration", path, lambda: json.loads(path.read_bytes()))
-    if isinstance(config, dict) and config.get("model_type") in TEXT_ONLY_FAMILIES:
+    config: dict[str, Any] = _read("configuration", path, lambda: json.loads(path.read_bytes()))
+    family = config.get("model_type") if isinstance(config, dict) else None
+    if family not in FAMILIES:
+        raise ArtifactInvalid(f"{path}: expected one of {FAMILIES}, found {family!r}")
+    if family in TEXT_ONLY_FAMILIES:
         return config | {"image_token_id": None}
-    if not isinstance(config, dict) or not isinstance(config.get("image_token_id"), int):
+    if not isinstance(config.get("image_token_id"), int):
         raise ArtifactInvalid(f"{path}: no image_token_id; not a vision-language base")
     if artifact.config.caption_role in ("raw", "dialogue"):
         role = artifact.config.caption_role
-        raise ArtifactInvalid(f"{path}: caption_role {role} expects a text-only base, found {config.get('model_type')}")
+        raise ArtifactInvalid(f"{path}: caption_role {role} expects a text-only base, found {family}")
     return config
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from app.contracts import EncodedImage, Ids
-from app.decoder import Arrangement, Decoder, NewPrefix, Reach
+from app.decoder import Arrangement, Decoder, DeepStack, NewPrefix, Reach
 from app.encoding import positions
 from app.faults import faults_named
 from app.layers import prepack
@@ -24,7 +24,7 @@ from app.machine import peak_bytes, reset_peak, resident_bytes
 from app.model import RewardModel, own_memory
 from app.reuse import Computed, KeptPrefix, Share
 from app.transfer import Staged, Stager, on_device
-from app.vision import VisionTower
+from app.vision import VisionTowerOf, tower_of
 
 TensorShare = Share[Tensor, Tensor]
 _PeakOf: TypeAlias = Callable[[Callable[[], object]], int]
@@ -49,7 +49,7 @@ class Engine:
             own_memory(model)  # before anything takes a view of a weight that still lies in a mapped file
         self._text = backbone.language_model if model.takes_images else backbone
         self._decoder = Decoder(self._text)
-        self._vision = VisionTower(backbone.visual) if model.takes_images else None
+        self._vision = tower_of(backbone) if model.takes_images else None
         self._stager = Stager(model.device)
         self._embed = backbone.get_input_embeddings()
 
@@ -60,7 +60,7 @@ class Engine:
 
     @torch.inference_mode()
     def image_features(self, image: EncodedImage, staged: Staged | None = None) -> Tensor:
-        """What the vision tower makes of one picture by itself, [image tokens, hidden]. Raises OutOfMemory.
+        """What the vision tower makes of one picture by itself, [image tokens, hidden or, with DeepStack, more]. Raises OutOfMemory.
 
         `staged`: the picture, sent ahead.
         """
@@ -79,9 +79,9 @@ class Engine:
         with faults_named():
             lots = [self._lot(share, decoder) for share in shares]
             arrangement = self._arrange(lots)
-            embedded = self._embedded(lots)
+            embedded, pictures = self._embedded(lots)
             where = self._on_device(np.concatenate([*(lot.prefix_positions for lot in lots), *_suffix_positions(lots)], axis=1))
-            pooled = decoder.forward(embedded, where if self._model.takes_images else where[0], arrangement)
+            pooled = decoder.forward(embedded, where if self._model.takes_images else where[0], arrangement, pictures)
             values = iter(self._model.head(pooled).tolist() if len(pooled) else [])
         return [Computed(tuple(next(values) for _ in lot.share.rows), lot.prefix) for lot in lots]
 
@@ -105,7 +105,7 @@ class Engine:
         two = Decoder(self._text, [self._text.layers[0], self._text.layers[-1]])
         return peak_of(lambda: self._run(self._practice(num_tokens, two), two)) + self._decoder.new_keys_values(1).nbytes * num_tokens
 
-    def _peak_of_picture(self, tower: VisionTower, side: int, peak_of: _PeakOf) -> int:
+    def _peak_of_picture(self, tower: VisionTowerOf, side: int, peak_of: _PeakOf) -> int:
         """Of a square picture, its patches included."""
         grid = (1, side * tower.merge_size, side * tower.merge_size)
         patches = np.ones((math.prod(grid), tower.num_patch_values), dtype=np.float32)
@@ -138,7 +138,7 @@ class Engine:
     def _counted_bytes_per_token(self) -> int:
         """The tensors of a layer that are there at once, in the text model or the vision tower, and the keys and values of all layers."""
         config, item = self._text.config, self._text.norm.weight.element_size()
-        values = 3 * config.intermediate_size + 8 * config.hidden_size
+        values = 3 * config.intermediate_size + 8 * max(config.hidden_size, self._decoder.num_query_values)
         if self._vision is not None:
             values = max(values, self._vision.num_values_per_token)
         return int(values * item) + self._decoder.new_keys_values(1).nbytes
@@ -216,18 +216,21 @@ class Engine:
             pooled=self._on_device(start + np.cumsum(flat, dtype=np.int64) - 1),
         )
 
-    def _embedded(self, lots: Sequence[_Lot]) -> Tensor:
-        """[tokens, hidden] of new prefixes and then of all suffixes, pictures in their places."""
+    def _embedded(self, lots: Sequence[_Lot]) -> tuple[Tensor, list[DeepStack]]:
+        """[tokens, hidden] of new prefixes and then of all suffixes, pictures in their places; and what these add behind layers."""
         prefixes = [lot.new_ids for lot in lots if lot.num_new]
         suffixes = [row[lot.split :] for lot in lots for row in lot.share.rows]
         embedded: Tensor = self._embed(self._on_device(np.concatenate([*prefixes, *suffixes])))
-        start = 0
+        start, pictures = 0, []
         for lot in lots:
             if lot.num_new and lot.share.features is not None:
                 first = start + int(np.argmax(lot.new_ids == self._model.image_token_id))
-                embedded[first : first + len(lot.share.features)] = lot.share.features
+                features, *deepstack = torch.split(lot.share.features, embedded.shape[1], dim=1)  # each [image tokens, hidden]
+                embedded[first : first + len(features)] = features
+                if deepstack:
+                    pictures.append(DeepStack(first, torch.stack(deepstack)))
             start += lot.num_new
-        return embedded
+        return embedded, pictures
 
     def _on_device(self, array: NDArray[Any]) -> Tensor:
         return on_device(array, self._model.device)

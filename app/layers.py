@@ -82,7 +82,7 @@ def plus(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
 
 
 def norm(hidden: Tensor, layer: Any) -> Tensor:
-    """Root-mean-square norm (arXiv 1910.07467) in float32, [tokens, hidden] in and out."""
+    """Root-mean-square norm (arXiv 1910.07467) of the last dimension in float32: [tokens, hidden] or [tokens, heads, head_dim]."""
     return _step(_norm, hidden)(hidden, layer.weight, layer.variance_epsilon)
 
 

@@ -20,6 +20,7 @@ from app.heads import Head, head_from, load_head
 from app.machine import MappedFiles, forget_pages
 from app.packing import Packed
 from app.varlen import choose, installed
+from app.vision import has_own_forward, layers_of
 
 ENCODING_VERSION = "3"  # raise it whenever ids, pixels, packing, attention or pooling change
 _SCORING_LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "pillow")
@@ -55,16 +56,21 @@ class RewardModel(nn.Module):
     def forward(self, packed: Packed) -> Tensor:
         """Scores of the packed rows, [rows] float32. Differentiable; positions are passed, no state is kept."""
         embedded = self.backbone.get_input_embeddings()(packed.input_ids)  # [tokens, hidden]
+        pictures: dict[str, Any] = {}
         if packed.pixel_values is not None:
-            features = self._image_features(packed).to(embedded.dtype)  # [image tokens, hidden]
-            here = (packed.input_ids == self.backbone.config.image_token_id).unsqueeze(-1)
-            embedded = embedded.masked_scatter(here, features)
+            features, *deepstack = self._image_features(packed)
+            here = packed.input_ids == self.backbone.config.image_token_id
+            embedded = embedded.masked_scatter(here.unsqueeze(-1), features.to(embedded.dtype))
+            if deepstack:
+                pictures = {"visual_pos_masks": here.unsqueeze(0), "deepstack_visual_embeds": deepstack}
         language_model = self.backbone.language_model if self.takes_images else self.backbone
         hidden = language_model(
             inputs_embeds=embedded.unsqueeze(0),
             position_ids=packed.position_ids if self.takes_images else packed.position_ids[0],  # text has one axis
-            attention_mask={"full_attention": packed.layout},
+            attention_mask=None if self.takes_images else {"full_attention": None},  # of one axis of positions it would make a mask
+            layout=packed.layout,
             use_cache=False,
+            **pictures,
         ).last_hidden_state[0]  # [tokens, hidden]
         scores: Tensor = self.head(hidden[packed.pooled_index])
         return scores
@@ -86,9 +92,10 @@ class RewardModel(nn.Module):
         scores: Tensor = self.head(hidden[:, -1])
         return scores
 
-    def _image_features(self, packed: Packed) -> Tensor:
-        outputs = self.backbone.get_image_features(packed.pixel_values, packed.image_grid_thw)
-        return torch.cat([outputs.pooler_output[slot] for slot in packed.image_slots])
+    def _image_features(self, packed: Packed) -> list[Tensor]:
+        """Of the tower's end, then of each layer of DeepStack, every picture's features in packed order: [image tokens, hidden]."""
+        found = self.backbone.get_image_features(packed.pixel_values, packed.image_grid_thw)
+        return [torch.cat([pictures[slot] for slot in packed.image_slots]) for pictures in layers_of(found)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +150,12 @@ def attention_ways(model: RewardModel) -> dict[str, str]:
     """Which kernel of the serving forward computes attention over text, and over pictures, whose heads are of another size."""
     backbone, there = model.backbone, installed(model.device.type)
     heads = {"text": (backbone.language_model if model.takes_images else backbone).layers[0].self_attn.head_dim}
-    if model.takes_images:
+    if model.takes_images and has_own_forward(backbone):
         heads["images"] = backbone.visual.blocks[0].attn.head_dim
-    return {name: choose(model.device.type, backbone.dtype, int(head_dim), there) for name, head_dim in heads.items()}
+    ways: dict[str, str] = {name: choose(model.device.type, backbone.dtype, int(head_dim), there) for name, head_dim in heads.items()}
+    if model.takes_images and not has_own_forward(backbone):
+        ways["images"] = f"transformers {backbone.visual.config._attn_implementation}"
+    return ways
 
 
 def resolve_device(device: str) -> str:

@@ -1,4 +1,4 @@
-"""The vision tower of Qwen2.5-VL on one picture: transformers' weights, our own forward without waste or host synchronisation.
+"""The vision tower on one picture: of Qwen2.5-VL our own forward without waste or host synchronisation, else transformers' own.
 
 One picture at a time, so that its features never depend on what else is scored. The slow twin is transformers' `get_image_features`.
 """
@@ -6,6 +6,7 @@ One picture at a time, so that its features never depend on what else is scored.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ from app.transfer import on_device
 from app.varlen import Segments, attend
 
 GridThw: TypeAlias = tuple[int, int, int]  # patches in time, height, width
+_OWN_FAMILY = "qwen2_5_vl"
 _MAX_GRID_BYTES = 16 << 20  # of the geometry of pictures' shapes that is kept: 0.3 MB each for a picture of 256 tokens
 
 
@@ -73,16 +75,14 @@ class VisionTower:
 
         Raises ValueError for a film, and for patches that are not the grid's.
         """
-        tower = self._tower
-        if grid_thw[0] != 1 or len(patches) != math.prod(grid_thw):
-            raise ValueError(f"expected the patches of one picture of grid {grid_thw}, found {len(patches)}")
+        _check(patches, grid_thw)
         grid = self._grid(grid_thw)
         hidden = F.linear(patches.to(self._patch_weight.dtype), self._patch_weight)  # [patches, width]
         unit = self.merge_size**2
         hidden = hidden.view(-1, unit, hidden.shape[-1])[grid.order].view(-1, hidden.shape[-1])
         for block, is_whole in self._blocks:
             hidden = _block(block, hidden, grid, grid.whole if is_whole else grid.windows)
-        merger = tower.merger
+        merger = self._tower.merger
         merged = merger.mlp(norm(hidden, merger.ln_q).view(-1, unit * hidden.shape[-1]))
         features: Tensor = merged[grid.restore]
         return features
@@ -113,6 +113,64 @@ class VisionTower:
             windows=Segments.of([len(window) * unit for window in windows], None, device),
             whole=Segments.of([math.prod(grid_thw)], None, device),
         )
+
+
+class PlainTower:
+    """A picture's features by transformers' own `get_image_features`, for families whose tower we have no forward of.
+
+    Of one with DeepStack the features of its intermediate layers stand beside those of its end: [merged tokens, (1 + layers) * hidden].
+    """
+
+    def __init__(self, backbone: Any) -> None:
+        self._backbone = backbone
+        self._patch_weight = backbone.visual.patch_embed.proj.weight
+        self.merge_size = int(backbone.visual.spatial_merge_size)
+
+    def shortened(self) -> PlainTower:
+        """Itself: the forward is transformers' and has no shorter form."""
+        return self
+
+    @property
+    def num_patch_values(self) -> int:
+        """Values of a patch."""
+        return int(self._patch_weight[0].numel())
+
+    @property
+    def num_values_per_token(self) -> int:
+        """Of the tensors of a block that are there at once, for each merged token."""
+        widened = next(self._backbone.visual.blocks[0].mlp.children()).out_features
+        return int(self.merge_size**2 * (widened + 8 * len(self._patch_weight)))
+
+    def features(self, patches: Tensor, grid_thw: GridThw) -> Tensor:
+        """[patches, values] float32 to [merged tokens, hidden of the text model or more] in the model's format.
+
+        Raises ValueError for a film, and for patches that are not the grid's.
+        """
+        _check(patches, grid_thw)
+        found = self._backbone.get_image_features(patches, torch.tensor([grid_thw], device=patches.device))
+        return torch.cat([features for (features,) in layers_of(found)], dim=1)
+
+
+VisionTowerOf: TypeAlias = VisionTower | PlainTower
+
+
+def has_own_forward(backbone: Any) -> bool:
+    """Whether a picture goes through our forward of the tower."""
+    return bool(backbone.config.model_type == _OWN_FAMILY)
+
+
+def tower_of(backbone: Any) -> VisionTowerOf:
+    return VisionTower(backbone.visual) if has_own_forward(backbone) else PlainTower(backbone)
+
+
+def layers_of(found: Any) -> list[Sequence[Tensor]]:
+    """What `get_image_features` returned: of the tower's end, then of each layer of DeepStack, every picture's [merged tokens, hidden]."""
+    return [found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]
+
+
+def _check(patches: Tensor, grid_thw: GridThw) -> None:
+    if grid_thw[0] != 1 or len(patches) != math.prod(grid_thw):
+        raise ValueError(f"expected the patches of one picture of grid {grid_thw}, found {len(patches)}")
 
 
 def _block(block: Any, hidden: Tensor, grid: Grid, segments: Segments) -> Tensor:

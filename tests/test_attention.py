@@ -69,7 +69,7 @@ def random_tensors(length: int, *, seed: int = 0, requires_grad: bool = False) -
 def test_every_row_gets_what_it_gets_alone(groups: list[GroupSpan], scaling: float | None) -> None:
     layout = placed(groups)
     query, key, value = random_tensors(sum(span.length for span in groups))
-    packed, weights = shared_prefix_attention(torch.nn.Module(), query, key, value, layout, scaling=scaling)
+    packed, weights = shared_prefix_attention(torch.nn.Module(), query, key, value, None, scaling=scaling, layout=layout)
     assert weights is None
     assert packed.shape == (1, query.shape[2], HEADS, DIM)
     for row in rows_of(layout):
@@ -96,7 +96,7 @@ def test_gradients_are_those_of_separate_rows() -> None:
     together, apart = (random_tensors(15, requires_grad=True) for _ in range(2))
     weight = torch.randn(15, HEADS, DIM)
     rows = rows_of(layout)
-    packed, _ = shared_prefix_attention(torch.nn.Module(), *together, layout)
+    packed, _ = shared_prefix_attention(torch.nn.Module(), *together, None, layout=layout)
     sum((packed[0, row] * weight[row]).sum() for row in rows).backward()  # type: ignore[union-attr]
     sum((plain(*(tensor[:, :, row] for tensor in apart), None)[0] * weight[row]).sum() for row in rows).backward()  # type: ignore[union-attr, call-arg, misc]
     for one, other in zip(together, apart, strict=True):
@@ -123,7 +123,7 @@ def test_chunks_give_what_one_mask_gives(groups: list[GroupSpan], max_chunk: int
     """Values and gradients; no call looks at more than its prefix and one chunk, and together they ask for every token once."""
     layout = placed(groups, max_chunk)
     together, apart = (random_tensors(sum(span.length for span in groups), requires_grad=True) for _ in range(2))
-    found, expected = shared_prefix_attention(torch.nn.Module(), *together, layout)[0], one_mask(layout, *apart)
+    found, expected = shared_prefix_attention(torch.nn.Module(), *together, None, layout=layout)[0], one_mask(layout, *apart)
     assert torch.allclose(found, expected, atol=1e-6)
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
     ours, theirs = (torch.autograd.grad((out * weight).sum(), given) for out, given in ((found, together), (expected, apart)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,18 @@ PICTURES = ((200, 100), (300, 200), (60, 130), (28, 400), (90, 90))  # sizes
 PROMPTS = (None, "", "Be kind.", "the pengu", "Scene: an office.\nTwist: a penguin holds an umbrella.")
 CAPTIONS = ["the penguin", "in", "x", "", "an iceberg, they said", "企鵝 <|im_end|>", "s", "nobody told the octopus about casual Friday"]
 MERGING = ["in", "ins and outs", "x", " it", "!", "in the office"]  # behind "the pengu" two of them change the last token
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "vision": write_published,
+    "chat": write_text_only,
+    "raw": partial(write_text_only, caption_role="raw"),
+    "qwen2_vl": partial(write_published, family="qwen2_vl"),
+    "qwen3_vl": partial(write_published, family="qwen3_vl"),
+    "qwen3": partial(write_text_only, family="qwen3"),
+}
+KINDS = (*WRITERS, "seam")
+SEEING = ("vision", "qwen2_vl", "qwen3_vl")
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_seeing = pytest.mark.parametrize("kind", SEEING)
 quick = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -68,16 +80,19 @@ Worlds = Callable[..., World]
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
-    """By kind: `vision`; `seam`, where captions follow the prompt without a gap; `chat` and `raw` without pictures."""
+    """By kind: `vision`; `seam`, where captions follow the prompt without a gap; `chat` and `raw` without pictures; other families."""
     folder = tmp_path_factory.mktemp("engine")
-    published = write_published(folder / "vision")
-    roots = {"vision": published, "seam": copy_artifact(published, folder / "seam")}
-    edit_json(roots["seam"] / "reward_model_config.json", template="{prompt}{caption}")
-    roots |= {"chat": write_text_only(folder / "chat"), "raw": write_text_only(folder / "raw", caption_role="raw")}
+
+    @cache
+    def root(kind: str) -> Path:
+        if kind == "seam":
+            edit_json((copy := copy_artifact(root("vision"), folder / kind)) / "reward_model_config.json", template="{prompt}{caption}")
+            return copy
+        return WRITERS[kind](folder / kind)
 
     @cache
     def world(kind: str, dtype: Dtype = "float32", lora: Lora = "merged") -> World:
-        return world_of(roots[kind], dtype, lora)
+        return world_of(root(kind), dtype, lora)
 
     return world
 
@@ -117,21 +132,21 @@ def mixes(draw: st.DrawFn) -> list[Asked]:
 
 
 EMPTY_PREFIX: list[Asked] = [(0, ("the penguin", "x", "the penguin"), ""), (0, ("an iceberg",), "")]
-KINDS = ("vision", "seam", "chat", "raw")
 
 
 # Against the plain way
 
 
-@quick
-@given(kind=st.sampled_from(KINDS), lora=st.sampled_from(["merged", "unmerged"]), first=mixes(), second=mixes())
-@example(kind="raw", lora="merged", first=EMPTY_PREFIX, second=[*EMPTY_PREFIX, (0, ("x",), "Be kind.")])
-@example(kind="seam", lora="merged", first=[(0, ("in",), "the pengu")], second=[(0, ("x", "in", "ins"), "the pengu"), (1, ("x",), None)])
-@example(kind="seam", lora="unmerged", first=[(0, ("x",), "the pengu")], second=[(0, ("in",), "the pengu")])
+@each_kind
+@settings(quick, max_examples=3)
+@given(lora=st.sampled_from(["merged", "unmerged"]), first=mixes(), second=mixes())
+@example(lora="merged", first=EMPTY_PREFIX, second=[*EMPTY_PREFIX, (0, ("x",), "Be kind.")])
+@example(lora="merged", first=[(0, ("in",), "the pengu")], second=[(0, ("x", "in", "ins"), "the pengu"), (1, ("x",), None)])
+@example(lora="unmerged", first=[(0, ("x",), "the pengu")], second=[(0, ("in",), "the pengu")])
 def test_any_mix_gives_the_scores_of_one_forward_a_caption(
     worlds: Worlds, kind: str, lora: Lora, first: list[Asked], second: list[Asked]
 ) -> None:
-    """Float32, cold, then with what the first batch left, with and without its scores. Seen: 2e-6 where scores spread by 0.2 to 0.9."""
+    """Float32, cold, then with what the first batch left, with and without its scores. Seen: 4e-6 where scores spread by 0.2 to 2."""
     world = worlds(kind, lora=lora)
     scorer, forgetful = reusing(world.engine), reusing(world.engine, max_bytes=(MIB, MIB, 0))
     for asked in (first, second, first):
@@ -143,7 +158,7 @@ def test_any_mix_gives_the_scores_of_one_forward_a_caption(
             assert [scores.num_tokens for scores in found] == [scores.num_tokens for scores in expected]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_scores_differ_between_captions_pictures_and_prompts(worlds: Worlds, kind: str) -> None:
     """The equivalence above would mean nothing otherwise."""
     world = worlds(kind)
@@ -155,7 +170,7 @@ def test_scores_differ_between_captions_pictures_and_prompts(worlds: Worlds, kin
 
 
 @pytest.mark.parametrize("lora", ["merged", "unmerged"])
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_bfloat16_stays_within_the_tolerance_of_golden_scores(worlds: Worlds, kind: str, lora: Lora) -> None:
     """Against float32, and against one forward a caption in bfloat16. Seen: 0.024 where scores spread by 0.2 to 0.9."""
     world, exact = worlds(kind, "bfloat16", lora), worlds(kind, "float32", lora)
@@ -171,7 +186,7 @@ def test_bfloat16_stays_within_the_tolerance_of_golden_scores(worlds: Worlds, ki
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("kind", ["vision", "chat"])
+@pytest.mark.parametrize("kind", ["vision", "chat", "qwen3_vl"])
 def test_a_kept_prefix_may_end_before_or_behind_the_one_asked_for(worlds: Worlds, kind: str, deterministic: bool) -> None:
     world = worlds(kind)
     (group,) = world.groups([(1, tuple(CAPTIONS), None)])
@@ -185,24 +200,24 @@ def test_a_kept_prefix_may_end_before_or_behind_the_one_asked_for(worlds: Worlds
     assert error(run(reusing(world.engine), several), expected * 3) <= 1e-5
 
 
-def test_kept_keys_and_values_are_those_of_transformers(worlds: Worlds) -> None:
-    for kind in ("vision", "chat"):
-        world = worlds(kind)
-        (group,) = world.groups([(1, ("x",), "Be kind.")])
-        prefix = prefix_of(world, group)
-        ids = torch.from_numpy(prefix.ids)[None]
-        vision: dict[str, Any] = {}
-        if group.image is not None:
-            types = (ids == world.plain.image_token_id).int()
-            vision = {"pixel_values": torch.from_numpy(group.image.patches), "image_grid_thw": torch.tensor([group.image.grid_thw])}
-            vision["mm_token_type_ids"] = types
-        with torch.inference_mode():
-            kept = world.plain.backbone(input_ids=ids, use_cache=True, **vision).past_key_values
-        world.plain.backbone.rope_deltas = None
-        for number, layer in enumerate(kept.layers):
-            for which, expected in enumerate((layer.keys, layer.values)):
-                assert torch.allclose(prefix.keys_values[number, which], expected[0].transpose(0, 1), atol=1e-5)
-        assert len(kept.layers) == len(prefix.keys_values) == 2
+@each_kind
+def test_kept_keys_and_values_are_those_of_transformers(worlds: Worlds, kind: str) -> None:
+    world = worlds(kind)
+    (group,) = world.groups([(1, ("x",), "Be kind.")])
+    prefix = prefix_of(world, group)
+    ids = torch.from_numpy(prefix.ids)[None]
+    vision: dict[str, Any] = {}
+    if group.image is not None:
+        types = (ids == world.plain.image_token_id).int()
+        vision = {"pixel_values": torch.from_numpy(group.image.patches), "image_grid_thw": torch.tensor([group.image.grid_thw])}
+        vision["mm_token_type_ids"] = types
+    with torch.inference_mode():
+        kept = world.plain.backbone(input_ids=ids, use_cache=True, **vision).past_key_values
+    world.plain.backbone.rope_deltas = None
+    for number, layer in enumerate(kept.layers):
+        for which, expected in enumerate((layer.keys, layer.values)):
+            assert torch.allclose(prefix.keys_values[number, which], expected[0].transpose(0, 1), atol=2e-5)
+    assert len(kept.layers) == len(prefix.keys_values) == text_config_of(world).num_hidden_layers
 
 
 # A share by itself
@@ -220,13 +235,24 @@ def prefix_of(world: World, group: EncodedGroup) -> KeptPrefix[Tensor]:
     return answer.prefix
 
 
-@pytest.mark.parametrize("kind", ["vision", "chat"])
+def text_config_of(world: World) -> Any:
+    return world.plain.backbone.config.get_text_config()
+
+
+def num_kept_values(world: World) -> int:
+    """Of one token: layers, keys and values, heads, values of a head."""
+    config = text_config_of(world)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim)
+
+
+@pytest.mark.parametrize("kind", ["vision", "chat", "qwen3_vl"])
 def test_a_prefix_may_be_computed_without_rows(worlds: Worlds, kind: str) -> None:
     world = worlds(kind)
     group, other = world.groups([(1, tuple(CAPTIONS), None), (2, ("x",), "Be kind.")])
     prefix = prefix_of(world, group)
     assert np.array_equal(prefix.ids, group.rows[0][: group.num_prefix])
-    assert prefix.num_bytes == prefix.keys_values.nbytes == 2 * 2 * 2 * 16 * 4 * group.num_prefix  # layers, keys and values, heads, values
+    assert prefix.num_bytes == prefix.keys_values.nbytes == num_kept_values(world) * 4 * group.num_prefix
     kept = prefix.keys_values.clone()
     mixed = world.engine.forward(
         [share_of(world, other, rows=()), share_of(world, group, features=None, kept=prefix), share_of(world, other)]
@@ -239,8 +265,9 @@ def test_a_prefix_may_be_computed_without_rows(worlds: Worlds, kind: str) -> Non
     assert np.abs(np.subtract(mixed[2].scores, expected[1].values)).max() <= 1e-5
 
 
-def test_an_image_that_is_not_whole_in_the_prefix_is_refused(worlds: Worlds) -> None:
-    world = worlds("vision")
+@each_seeing
+def test_an_image_that_is_not_whole_in_the_prefix_is_refused(worlds: Worlds, kind: str) -> None:
+    world = worlds(kind)
     (group,) = world.groups([(1, ("x", "the penguin"), None)])
     first = int(np.argmax(group.rows[0] == world.model.image_token_id))
     assert group.image is not None
@@ -252,9 +279,10 @@ def test_an_image_that_is_not_whole_in_the_prefix_is_refused(worlds: Worlds) -> 
         run(reusing(world.engine), [other])
 
 
-def test_a_prefix_may_be_built_on_a_shorter_one_of_the_same_picture(worlds: Worlds) -> None:
+@each_seeing
+def test_a_prefix_may_be_built_on_a_shorter_one_of_the_same_picture(worlds: Worlds, kind: str) -> None:
     """The picture lies whole in the shorter one, so its features are not asked for, and not taken."""
-    world = worlds("vision")
+    world = worlds(kind)
     (group,) = world.groups([(1, tuple(CAPTIONS), PROMPTS[-1])])
     short = prefix_of(world, replace(group, num_prefix=group.num_prefix - 9, row_prefixes=()))
     kept = short.keys_values.clone()
@@ -267,8 +295,9 @@ def test_a_prefix_may_be_built_on_a_shorter_one_of_the_same_picture(worlds: Worl
         world.engine.forward([share_of(world, group, lead=short)])
 
 
-def test_a_picture_behind_the_known_beginning_needs_its_features_and_one_cut_by_it_is_refused(worlds: Worlds) -> None:
-    world = worlds("vision")
+@each_seeing
+def test_a_picture_behind_the_known_beginning_needs_its_features_and_one_cut_by_it_is_refused(worlds: Worlds, kind: str) -> None:
+    world = worlds(kind)
     (group,) = world.groups([(1, ("x", "the penguin"), None)])
     prefix = prefix_of(world, group)
     first = int(np.argmax(group.rows[0] == world.model.image_token_id))
@@ -287,7 +316,7 @@ def test_a_picture_behind_the_known_beginning_needs_its_features_and_one_cut_by_
                 world.engine.forward([share_of(world, group, features=features, lead=beginning(length))])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_a_prefix_kept_too_short_is_lengthened(worlds: Worlds, kind: str) -> None:
     world, metrics = worlds(kind), Metrics()
     (group,) = world.groups([(1, tuple(CAPTIONS), PROMPTS[-1])])
@@ -399,13 +428,13 @@ def test_a_batch_of_several_groups_is_one_pass(watched: tuple[World, dict[str, R
     assert flat(found).tolist() == list(whole.values)
 
 
-def test_every_linear_layer_is_prepacked_and_the_model_goes_on_working(worlds: Worlds) -> None:
-    for kind in ("vision", "raw"):
-        world = worlds(kind)
-        assert world.engine.num_prepacked == sum(type(layer) is nn.Linear for layer in world.plain.backbone.modules())
-        assert not any(type(layer) is nn.Linear for layer in world.model.backbone.modules())
-        groups = world.groups([(1, tuple(CAPTIONS), None)])
-        assert error(score_plain(world.model, groups), score_plain(world.plain, groups)) <= 1e-5
+@each_kind
+def test_every_linear_layer_is_prepacked_and_the_model_goes_on_working(worlds: Worlds, kind: str) -> None:
+    world = worlds(kind)
+    assert world.engine.num_prepacked == sum(type(layer) is nn.Linear for layer in world.plain.backbone.modules())
+    assert not any(type(layer) is nn.Linear for layer in world.model.backbone.modules())
+    groups = world.groups([(1, tuple(CAPTIONS), None)])
+    assert error(score_plain(world.model, groups), score_plain(world.plain, groups)) <= 1e-5
 
 
 # Memory
@@ -459,15 +488,15 @@ def test_other_faults_keep_their_name(private: World) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "num_bytes"), [("float32", 4), ("bfloat16", 2)])
-@pytest.mark.parametrize("kind", ["vision", "raw"])
+@pytest.mark.parametrize(("kind", "width"), [("vision", HIDDEN), ("raw", HIDDEN), ("qwen2_vl", HIDDEN), ("qwen3_vl", 128)])
 def test_bytes_per_token_are_at_least_what_is_counted_and_measuring_changes_nothing(
-    worlds: Worlds, kind: str, dtype: Dtype, num_bytes: int
+    worlds: Worlds, kind: str, width: int, dtype: Dtype, num_bytes: int
 ) -> None:
-    """Counted: gate, up and their product of 96 values, eight tensors as wide as the model, and keys and values of two layers."""
+    """Counted: gate, up and their product of 96 values, eight tensors as wide as states or queries, and keys and values of all layers."""
     world = worlds(kind, dtype)
     groups = world.groups([(0, tuple(CAPTIONS), None)])
     before = flat(run(reusing(world.engine), groups)).tolist()
-    floor = num_bytes * (3 * 96 + 8 * HIDDEN + 2 * 2 * 2 * 16)
+    floor = num_bytes * (3 * 96 + 8 * width + num_kept_values(world))
     measured = {num_tokens: world.engine.measure_bytes_per_token(num_tokens) for num_tokens in (1, 2, 33, 100, 20_000)}
     assert all(found >= floor for found in measured.values())
     assert measured[20_000] <= 20 * floor
@@ -490,8 +519,11 @@ def test_practice_runs_as_many_tokens_as_asked_and_a_picture(watched: tuple[Worl
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_what_is_kept_agrees_with_what_is_computed_again_in_other_company(worlds: Worlds, dtype: Dtype, deterministic: bool) -> None:
-    world, metrics = worlds("seam", dtype), Metrics()
+@pytest.mark.parametrize("kind", ["seam", "qwen3_vl"])
+def test_what_is_kept_agrees_with_what_is_computed_again_in_other_company(
+    worlds: Worlds, kind: str, dtype: Dtype, deterministic: bool
+) -> None:
+    world, metrics = worlds(kind, dtype), Metrics()
     tolerance = GOLDEN_TOLERANCE[dtype]
     scorer = reusing(world.engine, metrics=metrics, deterministic=deterministic, audit_every=1, score_tolerance=tolerance)
     asked: list[Asked] = [
@@ -580,7 +612,7 @@ def test_together_bfloat16_scores_do_move_with_their_company(worlds: Worlds) -> 
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("kind", ["vision", "chat"])
+@pytest.mark.parametrize("kind", ["vision", "chat", "qwen2_vl", "qwen3_vl", "qwen3"])
 def test_a_known_beginning_is_not_computed_again_and_changes_no_score(worlds: Worlds, kind: str, deterministic: bool) -> None:
     here = worlds(kind)
     lead = here.encoder.lead_ids

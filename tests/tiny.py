@@ -1,4 +1,4 @@
-"""Random tiny reward models on disk: a Qwen2.5-VL exactly in the published humor-r1 layout, and a text-only Qwen2."""
+"""Random tiny reward models on disk: a base that sees exactly in the published humor-r1 layout, and a text-only one, of any family."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
+    PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLModel,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen2Model,
     Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from app.artifacts import HeadSpec, RewardModelConfig, open_artifact, write_config
@@ -33,6 +39,8 @@ from app.model import LoadedModel, load_model
 from training.demo.tokenizer import ImageSizes, save_processor, train_tokenizer
 
 HIDDEN = 64
+VisionFamily = Literal["qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
+TextFamily = Literal["qwen2", "qwen3"]
 CORPUS = (
     "Write a funny one-line caption for this New Yorker-style cartoon.",
     "Candidate caption: It says it is here about the iceberg.",
@@ -48,14 +56,15 @@ TEXT_CHAT_TEMPLATE = (  # of Qwen2.5: content is a string
 LIMITS = ImageLimits(max_bytes=10 << 20, max_pixels=16_000_000, min_side=16, max_aspect=100, formats=("JPEG", "PNG", "WEBP"))
 
 
-def write_published(root: Path, *, seed: int = 0, lora_targets: str = "all-linear") -> Path:
+def write_published(root: Path, *, seed: int = 0, lora_targets: str = "all-linear", family: VisionFamily = "qwen2_5_vl") -> Path:
     """Base in `root/base`, artifact in `root/artifact`; returns the artifact. The configuration has only the two published keys."""
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(CORPUS, 420)
     base, artifact = root / "base", root / "artifact"
-    write_base(base, tokenizer)
-    save_processor(tokenizer, ImageSizes(28 * 28 * 2, 28 * 28 * 64, 14, 2), artifact / "processor")
-    write_adapter(artifact, Qwen2_5_VLModel.from_pretrained(base, dtype=torch.float32), lora_targets)
+    write_base(base, tokenizer, family)
+    patch = 16 if family == "qwen3_vl" else 14
+    save_processor(tokenizer, ImageSizes((2 * patch) ** 2 * 2, (2 * patch) ** 2 * 64, patch, 2), artifact / "processor")
+    write_adapter(artifact, AutoModel.from_pretrained(base, dtype=torch.float32), lora_targets)
     torch.save({"weight": torch.randn(1, HIDDEN) / HIDDEN**0.5}, artifact / "reward_head.pt")
     config = {"base_model_name": str(base), "score_head_shape": [1, HIDDEN]}
     (artifact / "reward_model_config.json").write_text(json.dumps(config))
@@ -89,6 +98,7 @@ def write_text_only(
     kind: Literal["lora_head", "full_head"] = "lora_head",
     caption_role: Literal["user", "raw"] = "user",
     seed: int = 0,
+    family: TextFamily = "qwen2",
     **changes: Any,
 ) -> Path:
     """A text-only reward model with its base in `root/artifact/base`, hashed; returns the artifact. `changes` go to the configuration."""
@@ -97,9 +107,9 @@ def write_text_only(
     tokenizer.chat_template = TEXT_CHAT_TEMPLATE if caption_role == "user" else None
     artifact = root / "artifact"
     tokenizer.save_pretrained(artifact / "processor")
-    write_text_base(artifact / "base", tokenizer)
+    write_text_base(artifact / "base", tokenizer, family)
     if kind == "lora_head":
-        write_adapter(artifact, Qwen2Model.from_pretrained(artifact / "base", dtype=torch.float32))
+        write_adapter(artifact, AutoModel.from_pretrained(artifact / "base", dtype=torch.float32))
     save_file({"weight": torch.randn(1, HIDDEN) / HIDDEN**0.5}, artifact / "reward_head.safetensors")
     recipe = {"template": "{prompt}{caption}"} if caption_role == "raw" else {}
     names = {"base_model_name": "./base", "score_head_shape": (1, HIDDEN), "kind": kind, "caption_role": caption_role}
@@ -107,71 +117,99 @@ def write_text_only(
     return artifact
 
 
-def write_text_base(path: Path, tokenizer: Qwen2Tokenizer) -> None:
-    """A random Qwen2 of two layers, saved as language models are: with its head, tied."""
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            hidden_size=HIDDEN,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=96,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        )
-    )
+def write_text_base(path: Path, tokenizer: Qwen2Tokenizer, family: TextFamily = "qwen2") -> None:
+    """A random base, saved as language models are: with its head, tied. A Qwen3's heads together are wider than its states."""
+    common = {
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+    }
+    model: Any
+    if family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, **common))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=3, head_dim=32, **common))
     enliven(model)
     model.save_pretrained(path)
 
 
 def enliven(model: torch.nn.Module) -> None:
-    """Matrices livelier than the 0.02 of initialisation, so that differences would show."""
+    """Matrices livelier than the 0.02 of initialisation, norms not all one and biases not all zero, so that differences would show."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4.0)
+            else:
+                parameter.add_(torch.randn(parameter.shape), alpha=0.2)
 
 
-def write_base(path: Path, tokenizer: object) -> None:
-    """A random Qwen2.5-VL of two layers with the real structure: window attention, merger, three-axis rotary."""
-    ids = tokenizer.convert_tokens_to_ids  # type: ignore[attr-defined]
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": HIDDEN,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 96,
-            "vocab_size": len(tokenizer),  # type: ignore[arg-type]
-            "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-            "pad_token_id": ids("<|endoftext|>"),
-            "bos_token_id": ids("<|endoftext|>"),
-            "eos_token_id": ids("<|im_end|>"),
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 48,
-            "intermediate_size": 64,
-            "num_heads": 4,
-            "patch_size": 14,
-            "window_size": 56,
-            "out_hidden_size": HIDDEN,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "fullatt_block_indexes": [1],
-        },
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-        tie_word_embeddings=True,
-    )
-    model = Qwen2_5_VLForConditionalGeneration(config)
+def write_base(path: Path, tokenizer: Any, family: VisionFamily = "qwen2_5_vl") -> None:
+    """A random base that sees, with the real structure of its family, saved whole: with its language-model head, tied."""
+    ids = tokenizer.convert_tokens_to_ids
+    config, build = _VISION_BASES[family]
+    names = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
+    names |= {"vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end"}
+    special = {name: ids(f"<|{text}|>") for name, text in names.items()}
+    ends = {"pad_token_id": ids("<|endoftext|>"), "bos_token_id": ids("<|endoftext|>"), "eos_token_id": ids("<|im_end|>")}
+    model = build(config({"vocab_size": len(tokenizer)} | ends, special))
     enliven(model)
     model.save_pretrained(path)
+
+
+_TEXT_PART = {
+    "hidden_size": HIDDEN,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 4096,
+}
+_VISION_PART = {"num_heads": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+
+
+def _qwen2_5_vl(text: dict[str, Any], special: dict[str, int]) -> PreTrainedConfig:
+    """Window attention in one of two vision layers."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    sizes = {"depth": 2, "hidden_size": 48, "intermediate_size": 64, "out_hidden_size": HIDDEN, "patch_size": 14}
+    return Qwen2_5_VLConfig(
+        text_config=_TEXT_PART | {"num_hidden_layers": 2, "rope_parameters": rope} | text,
+        vision_config=_VISION_PART | sizes | {"window_size": 56, "fullatt_block_indexes": [1]},
+        tie_word_embeddings=True,
+        **special,
+    )
+
+
+def _qwen2_vl(text: dict[str, Any], special: dict[str, int]) -> PreTrainedConfig:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    return Qwen2VLConfig(
+        text_config=_TEXT_PART | {"num_hidden_layers": 3, "rope_parameters": rope} | text,
+        vision_config=_VISION_PART | {"depth": 3, "embed_dim": 48, "mlp_ratio": 2, "hidden_size": HIDDEN, "patch_size": 14},
+        tie_word_embeddings=True,
+        **special,
+    )
+
+
+def _qwen3_vl(text: dict[str, Any], special: dict[str, int]) -> PreTrainedConfig:
+    """DeepStack of two vision layers behind two of three text layers; axes of positions interleaved; heads wider than the states."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    sizes = {"depth": 3, "hidden_size": 48, "intermediate_size": 64, "out_hidden_size": HIDDEN, "patch_size": 16}
+    return Qwen3VLConfig(
+        text_config=_TEXT_PART | {"num_hidden_layers": 3, "head_dim": 32, "rope_parameters": rope} | text,
+        vision_config=_VISION_PART | sizes | {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]},
+        tie_word_embeddings=True,
+        **special,
+    )
+
+
+_VISION_BASES: dict[VisionFamily, tuple[Callable[..., PreTrainedConfig], Callable[[Any], Any]]] = {
+    "qwen2_5_vl": (_qwen2_5_vl, Qwen2_5_VLForConditionalGeneration),
+    "qwen2_vl": (_qwen2_vl, Qwen2VLForConditionalGeneration),
+    "qwen3_vl": (_qwen3_vl, Qwen3VLForConditionalGeneration),
+}
 
 
 def picture(width: int, height: int, seed: int = 0, kind: str = "PNG", mode: str = "RGB") -> bytes:

@@ -12,6 +12,7 @@ from itertools import product
 from typing import Any
 
 from app.contracts import EncodedGroup
+from app.errors import SettingsInvalid
 
 Grid = tuple[int, int, int]
 
@@ -36,7 +37,9 @@ class Shapes:
 
     @classmethod
     def of(cls, config: Any) -> Shapes:
-        """From a transformers configuration of the family `qwen2_5_vl`."""
+        """From a transformers configuration of the family `qwen2_5_vl`. Raises SettingsInvalid for another."""
+        if config.model_type != "qwen2_5_vl":
+            raise SettingsInvalid(f"the bench counts the work of a Qwen2.5-VL, this model's base is {config.model_type!r}")
         text, vision = config.get_text_config(), config.vision_config
         return cls(
             hidden=text.hidden_size,

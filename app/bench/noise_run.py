@@ -48,13 +48,13 @@ def run_noise(settings: Settings, num_groups: int, report: Callable[[str], None]
     """Never more than one copy of the model at once. Raises StartRefused, ApiError."""
     artifact = open_artifact(settings.model, base_model=settings.base_model, offline=settings.offline)
     device = torch.device(resolve_device(settings.device))
+    shapes = Shapes.of(read_base_config(artifact.base_path))
     _check_memory(artifact, settings, device)
     subjects, truth = _float32_subjects(artifact, settings, num_groups, report)
     report("starting the server")
     with serving(settings.model_copy(update={"deterministic": False, **_NO_SCORES})) as loopback:
         runtime = loopback.runtime
         found = measure_noise(runtime.scorer, deterministic_scorer(runtime), subjects, truth, device, report)
-        shapes = Shapes.of(read_base_config(artifact.base_path))
         shape = f"{shapes.layers} text layers of {shapes.hidden}, {shapes.vision_layers} vision layers"
         heading = f"{shape}, {runtime.loaded.dtype} against float32, {num_groups} groups of 16 captions"
         return NoiseRun(found, find_hardware(device), heading)
