@@ -28,12 +28,12 @@ _LORA_KEYS = (".lora_A.weight", ".lora_B.weight")
 
 def checked_adapter(artifact: Artifact) -> dict[str, Any]:
     """The adapter's configuration; configuration and tensors were looked at."""
-    config = _adapter_config(artifact)
+    config = adapter_config(artifact)
     _check_adapter_file(artifact.adapter_path / ADAPTER_WEIGHTS_NAME)
     return config
 
 
-def _adapter_config(artifact: Artifact) -> dict[str, Any]:
+def adapter_config(artifact: Artifact) -> dict[str, Any]:
     """`adapter_config.json` of a plain LoRA; what peft would ignore or what changes the base is refused."""
     path = artifact.adapter_path / ADAPTER_CONFIG_NAME
     try:
@@ -71,26 +71,26 @@ def with_adapter(backbone: Any, artifact: Artifact, *, merge: bool) -> Any:
     path = artifact.adapter_path
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # a refusal in `_check_adapter`
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # a refusal in `check_adapter`
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks transformers 5.23 so
             peft_model = PeftModel.from_pretrained(
                 backbone,
                 str(path),
                 adapter_name="default",
                 is_trainable=False,
-                config=_of_backbone(LoraConfig.from_pretrained(str(path))),
+                config=of_backbone(LoraConfig.from_pretrained(str(path))),
                 key_mapping=BACKBONE_NAMES[backbone.config.model_type],
             )
     except ArtifactInvalid as error:
         raise ArtifactInvalid(f"{path / ADAPTER_CONFIG_NAME}: {error}") from None
     except Exception as error:
         raise ArtifactInvalid(f"{path}: adapter does not fit the base ({reason_of(error)})") from None
-    _check_adapter(peft_model, artifact)
+    check_adapter(peft_model, artifact)
     # peft holds the adapter in float32, so merging sums in float32 and rounds once to the base's format; a test proves it
     return peft_model.merge_and_unload() if merge else peft_model.get_base_model()
 
 
-def _of_backbone(config: LoraConfig) -> LoraConfig:
+def of_backbone(config: LoraConfig) -> LoraConfig:
     """For the base without its head: the head of a SEQ_CLS adapter, which peft saves with it, is read apart."""
     if others := sorted(set(config.modules_to_save or ()) - _HEADS_OF_SEQ_CLS):
         raise ArtifactInvalid(f"modules_to_save {', '.join(others)}: expected plain LoRA, and at most its head beside it")
@@ -98,7 +98,7 @@ def _of_backbone(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def _check_adapter(peft_model: PeftModel, artifact: Artifact) -> None:
+def check_adapter(peft_model: PeftModel, artifact: Artifact) -> None:
     """PEFT only warns about missing keys and says nothing of others; here each is a refusal."""
     path = artifact.adapter_path / ADAPTER_WEIGHTS_NAME
     family = peft_model.get_base_model().config.model_type

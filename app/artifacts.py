@@ -162,7 +162,7 @@ _ASSUMABLE = tuple(
     name
     for name in RewardModelConfig.model_fields
     # an absent head is no guess: the head's tensors must be those of a linear one
-    if name not in {"base_model_name", "score_head_shape", "head", "description", "files", "training", "score_distribution"}
+    if name not in {"base_model_name", "score_head_shape", "head", "max_tokens", "description", "files", "training", "score_distribution"}
 )
 
 
@@ -259,7 +259,7 @@ class Artifact:
 
 
 @dataclass(frozen=True, slots=True)
-class _Hub:
+class Hub:
     """How the Hub may be used: not at all beyond its cache, or only for exact commits."""
 
     offline: bool = False
@@ -279,24 +279,23 @@ def open_artifact(
     `said`: what somebody knows of a published folder that has no configuration of ours.
     `require_pinned`: a Hub id without a commit is refused, for what a branch or a tag names may change between two starts.
     """
-    hub = _Hub(offline, require_pinned)
-    root = BUNDLED.get(model) or _find(model, None, hub, "model")
-    config, guessed = _read_config(root, said or {})
-    _check_layout(root, config)
-    _check_hashes(root, config)
+    hub = Hub(offline, require_pinned)
+    root = find_artifact(model, hub)
+    config, guessed = read_config(root, said or {})
+    check_layout(root, config)
+    check_hashes(root, config)
     assumed = tuple(f"{name}={_show(getattr(config, name))}" for name in guessed)
-    artifact = Artifact(root, config, _find_base(root, config, base_model, hub), assumed)
+    artifact = Artifact(root, config, base_of(root, config, base_model, hub), assumed)
     artifact.golden()
     return artifact
 
 
-def describe_artifact(model: str, *, offline: bool = False) -> tuple[Path, RewardModelConfig]:
-    """Where an artifact lies and what its configuration says; nothing else is checked."""
-    root = BUNDLED.get(model) or _find(model, None, _Hub(offline), "model")
-    return root, _read_config(root, {})[0]
+def find_artifact(model: str, hub: Hub) -> Path:
+    """The folder of a bundled model, a directory or a Hub id. Raises ArtifactInvalid."""
+    return BUNDLED.get(model) or _find(model, None, hub, "model")
 
 
-def _read_config(root: Path, said: Mapping[str, Any]) -> tuple[RewardModelConfig, tuple[str, ...]]:
+def read_config(root: Path, said: Mapping[str, Any]) -> tuple[RewardModelConfig, tuple[str, ...]]:
     """The configuration and what of it nobody said: of a published folder without one of ours, what its kind commonly means."""
     path = root / CONFIG_NAME
     if path.exists() or (root / ADAPTER_NAME).is_dir():
@@ -309,7 +308,7 @@ def _read_config(root: Path, said: Mapping[str, Any]) -> tuple[RewardModelConfig
     except ValidationError as error:
         raise ArtifactInvalid(f"{root}: {'; '.join(map(_fault, error.errors(include_url=False)))}") from None
     known = (config.model_fields_set - chat_recipe(root).keys()) | said.keys()
-    return config, tuple(name for name in _ASSUMABLE if name not in known)
+    return config, tuple(name for name in (*_ASSUMABLE, "max_tokens") if name not in known)
 
 
 def write_config(root: Path, config: RewardModelConfig) -> RewardModelConfig:
@@ -372,7 +371,7 @@ def _said(config: RewardModelConfig, **which: set[str]) -> dict[str, Any]:
 
 def find_base(name: str, revision: str | None = None, *, offline: bool = False) -> Path:
     """The directory of a base model, by path or pinned Hub id, with weights that can be loaded safely. Raises ArtifactInvalid."""
-    return _checked_base_folder(_find(name, revision, _Hub(offline), "base model"))
+    return _checked_base_folder(_find(name, revision, Hub(offline), "base model"))
 
 
 def _digest(value: Any) -> str:
@@ -430,7 +429,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + ".."
 
 
-def _find(name: str, revision: str | None, hub: _Hub, what: str) -> Path:
+def _find(name: str, revision: str | None, hub: Hub, what: str) -> Path:
     """A directory as it is, else a pinned Hub snapshot."""
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser it raises for no name
     if path.is_dir():
@@ -451,7 +450,7 @@ def _find(name: str, revision: str | None, hub: _Hub, what: str) -> Path:
         ) from None
 
 
-def _find_base(root: Path, config: RewardModelConfig, override: str | None, hub: _Hub) -> Path:
+def base_of(root: Path, config: RewardModelConfig, override: str | None, hub: Hub) -> Path:
     if override and LAYOUTS[config.kind].base is not None:
         raise ArtifactInvalid(
             f"{root / CONFIG_NAME}: a {config.kind} artifact carries its trained base; expected no other, found {override}"
@@ -470,7 +469,7 @@ def _checked_base_folder(base: Path) -> Path:
     return base
 
 
-def _locate_base(root: Path, config: RewardModelConfig, override: str | None, hub: _Hub) -> Path:
+def _locate_base(root: Path, config: RewardModelConfig, override: str | None, hub: Hub) -> Path:
     """The override, else the configured base; a relative one is a folder of the artifact and never a Hub id."""
     if override:
         return _find(override, None, hub, "base model")
@@ -484,7 +483,7 @@ def _locate_base(root: Path, config: RewardModelConfig, override: str | None, hu
     return base
 
 
-def _check_layout(root: Path, config: RewardModelConfig) -> None:
+def check_layout(root: Path, config: RewardModelConfig) -> None:
     layout = LAYOUTS[config.kind]
     _check_adapter_files(root, config)
     if layout.is_published_as_is:
@@ -521,7 +520,7 @@ def _refuse_remote_code(folder: Path) -> None:
             raise ArtifactInvalid(f"{path}: auto_map asks to run the model's own code, which Punchline never does")
 
 
-def _check_hashes(root: Path, config: RewardModelConfig) -> None:
+def check_hashes(root: Path, config: RewardModelConfig) -> None:
     if not config.files:
         return
     present = set(listed_files(root, config))

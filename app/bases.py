@@ -72,7 +72,7 @@ def read_head_tensors(artifact: Artifact) -> dict[str, Tensor]:
     """The tensors of a head that lies among others, by their bare names. Raises ArtifactInvalid."""
     prefix = artifact.layout.head_prefix
     tensors = {}
-    for path in [artifact.head_path] if artifact.layout.head is not None else _shards(artifact.base_path):
+    for path in [artifact.head_path] if artifact.layout.head is not None else shards(artifact.base_path):
         for name in tensor_names(path):
             if name.startswith(prefix):
                 with safe_open(path, framework="pt") as stream:
@@ -83,12 +83,12 @@ def read_head_tensors(artifact: Artifact) -> dict[str, Tensor]:
 def _key_mapping(path: Path, family: str) -> dict[str, str] | None:
     """What transformers must be told of the names in a base, None where it knows them itself. Raises ArtifactInvalid for double ones."""
     names_of = {shard: tensor_names(shard) for shard in sorted(path.glob("*.safetensors"))}
-    names = [name for shard in _shards(path) for name in names_of.get(shard, ())]
+    names = [name for shard in shards(path) for name in names_of.get(shard, ())]
     refuse_doubles(path, [backbone_name(name, family) for name in names])
     return BACKBONE_NAMES[family] if any(name.startswith("model.visual.") for name in names) else None
 
 
-def _shards(path: Path) -> list[Path]:
+def shards(path: Path) -> list[Path]:
     """The files that transformers reads: the one whole file if there is one, else those the index names."""
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if whole.exists() or not index.exists():

@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from app import __version__
-from app.artifacts import CONFIG_NAME, describe_artifact
 from app.errors import ApiError, DeviceBroken, DeviceFault, DeviceHung, StartRefused
 from app.preference import compare as compare_scores
 from app.preference import rank as rank_scores
@@ -194,19 +193,23 @@ def compare(
 @app.command()
 def info(
     model: Annotated[str | None, typer.Argument(help="A directory, a Hub id, `demo` (if none is named) or `newyorker`.")] = None,
+    base_model: Base = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Say what an artifact is, without loading it, or what a server has loaded."""
-    _one_of(url, model)
-    card = remote_info(url, _key()) if url else _local_info(model or "demo")
+    """Say what a folder is and what would stop it from being served, without loading it; or what a server has loaded."""
+    _one_of(url, model, base_model)
+    card = remote_info(url, _key()) if url else _local_info(model or "demo", base_model)
     if as_json:
         out.print_json(data=card)
-        return
-    table = Table("", "", show_header=False)
-    for name, value in card.items():
-        table.add_row(name, _literal(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
-    out.print(table)
+    else:
+        table = Table("", "", show_header=False)
+        for name, value in card.items():
+            table.add_row(name, _literal(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+        out.print(table)
+    if card.get("stops"):
+        _complain(f"would not be served: {len(card['stops'])} reasons, first {card['stops'][0]}")
+        sys.exit(StartRefused.exit_code)
 
 
 @app.command()
@@ -327,9 +330,11 @@ def _local_compare(image: Path, a: str, b: str, prompt: str | None, model: str |
     }
 
 
-def _local_info(model: str) -> dict[str, Any]:
-    root, config = describe_artifact(model)
-    return {"path": str(root / CONFIG_NAME), **config.model_dump(mode="json")}
+def _local_info(model: str, base_model: str | None) -> dict[str, Any]:
+    _quiet_libraries()
+    from app.inspecting import inspect_artifact
+
+    return inspect_artifact(model, base_model=base_model).as_dict()
 
 
 def _local_selftest(model: str | None, base_model: str | None) -> dict[str, Any]:

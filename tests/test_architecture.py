@@ -109,7 +109,7 @@ TABLE = (
         "client.swift.punchline_reward",
     ),
     BENCH,
-    ("converting", "remote", "cli"),
+    ("converting", "inspecting", "remote", "cli"),
 )
 ORDER = {"app": 0} | {f"app.{name}": place for place, name in enumerate((name for row in TABLE for name in row), start=1)}
 HEAVY = {"torch", "transformers", "peft"}
@@ -133,7 +133,7 @@ MAY_LOAD_HEAVY = {
         "engine",
         "scoring",
     )
-} | {"app.main", "app.converting", "app.geometry", "app.hardware", *(f"app.{name}" for name in BENCH)}
+} | {"app.main", "app.converting", "app.inspecting", "app.geometry", "app.hardware", *(f"app.{name}" for name in BENCH)}
 MAY_LOAD_HEAVY_LATE = {"app.cli"}
 LOADS_HEAVY_BY_IMPORT = MAY_LOAD_HEAVY | {"app.serving"}
 TRAINING_MAY_IMPORT = {

@@ -39,10 +39,9 @@ Messages = Annotated[
     Field(min_length=1, description="In place of prompt, of a model whose captions are answers: the conversation, the user's turn last."),
 ]
 CAPTION_NAMES = ("captions", "responses")  # what captions may be called: text-only models score responses
-Captions = Annotated[
-    list[Text],
-    Field(min_length=1, examples=[CAPTIONS_EXAMPLE], description="Or `responses`.", validation_alias=AliasChoices(*CAPTION_NAMES)),
-]
+_CAPTIONS = Field(min_length=1, examples=[CAPTIONS_EXAMPLE], description="Or `responses`.", validation_alias=AliasChoices(*CAPTION_NAMES))
+Captions = Annotated[list[Text], _CAPTIONS]
+SomeCaptions = Annotated[list[Text] | None, _CAPTIONS]
 
 
 def _one_prompt(prompt: str | None, messages: list[Message] | None) -> None:
@@ -85,7 +84,7 @@ class ScoreRequest(Options):
     )
     prompt: Text | None = None
     messages: Messages = None
-    captions: Captions | None = None
+    captions: SomeCaptions = None
     groups: list[ScoreGroup] | None = Field(None, min_length=1)
     on_item_error: Literal["fail", "null"] = Field("fail", description="A caption that cannot be scored fails the request, or is null.")
     explain: bool = Field(False, description="Add the exact chat the model saw, with token counts.")
