@@ -77,7 +77,7 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The longest texts that a text-only artifact takes, in tokens."""
+    """The longest texts that a text-only artifact must take, in tokens."""
 
     prompt: int
     caption: int
@@ -195,7 +195,11 @@ def _artifact_config(geometry: Geometry, limits: Limits | None) -> RewardModelCo
 
 
 def _limit_fields(limits: Limits | None) -> dict[str, int]:
-    return {} if limits is None else {"max_prompt_tokens": limits.prompt, "max_caption_tokens": limits.caption}
+    """Never less than usual: a server's self-test has texts of its own."""
+    if limits is None:
+        return {}
+    asked = {"max_prompt_tokens": limits.prompt, "max_caption_tokens": limits.caption}
+    return {name: max(number, RewardModelConfig.model_fields[name].default) for name, number in asked.items()}
 
 
 def _set_limits(root: Path, limits: Limits | None) -> None:

@@ -58,7 +58,7 @@ class Options:
 
     @property
     def limits(self) -> Limits:
-        """Of a text-only artifact that is made: room for what is asked, and no more."""
+        """Of a text-only artifact that is made."""
         return Limits(self.conversation_tokens or CONVERSATION_TOKENS, self.response_tokens or RESPONSE_TOKENS)
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ def write_plot(report: Report, path: Path) -> None:
     panels[0].legend(fontsize="small")
     if report.levels:
         panels[1].plot([level.num_clients for level in report.levels], [level.captions_per_s for level in report.levels], marker="o")
-        clients = worded("clients, each with groups of 8 captions of known images")
+        clients = worded("clients, each with groups of 8, known images")
         _axes(panels[1], clients, worded("captions a second"), [level.num_clients for level in report.levels])
         panels[1].set_ylim(0, 1.1 * max(level.captions_per_s for level in report.levels))
     figure.suptitle(f"{report.subject.model}, {report.subject.dtype}\n{report.hardware.line}", fontsize="small")
