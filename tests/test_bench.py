@@ -255,29 +255,23 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_whole_command_on_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The artifact that stays takes the lengths of the next run, too."""
-    told = []
-    for conversation, response in ((50, 10), (500, 70)):
-        options = Options("tiny", None, None, None, "float32", "2", 1, "", True, None, False, tmp_path, conversation, response)
-        assert bench(options, {"tiny": TINY_TEXT}) == 0
-        told.append(json.loads(capsys.readouterr().out))
-    assert [(each["subject"]["tokens"]["prefix"], each["subject"]["tokens"]["longest"]) for each in told] == [(50, 10), (500, 70)]
+    options = Options("tiny", None, None, None, "float32", "2", 1, "", True, None, False, tmp_path, 500, 70)
+    assert bench(options, {"tiny": TINY_TEXT}) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["subject"]["tokens"]["prefix"], told["subject"]["tokens"]["longest"]) == (500, 70)
+    assert told["agreement"]["agrees"] is True
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-2"]
 
 
 @pytest.mark.parametrize("recipe", [{"caption_role": "raw", "template": "{prompt}{caption}"}, {}], ids=["raw", "user"])
-def test_a_text_only_artifact_is_measured_with_what_it_takes(
-    tmp_path: Path, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_text_only_artifact_is_measured_with_what_it_takes(tmp_path: Path, recipe: dict[str, Any]) -> None:
     artifact = write_text_only(tmp_path, kind="lora_head", max_prompt_tokens=100, max_caption_tokens=80, **recipe)
-    options = Options(artifact=str(artifact), dtype="float32", groups="2", rounds=1, concurrency="", as_json=True)
-    assert bench(options) == 0
-    told = json.loads(capsys.readouterr().out)
-    tokens = told["subject"]["tokens"]
-    assert tokens["longest"] == 64
-    assert told["notes"] == [f"the artifact takes no longer texts: conversations of {tokens['prefix']} tokens, not 400"]
-    with pytest.raises(SettingsInvalid, match="--conversation-tokens 400: the artifact takes at most"):
-        bench(replace(options, conversation_tokens=400))
+    settings = Settings(model=str(artifact), device="cpu", dtype="float32", num_threads=1)
+    found = run_ways(Plan("tiny", settings, (2,), 1, (), num_pairs=2), lambda _: None)
+    assert found.disagreeing == found.misnamed == []
+    assert found.subject.tokens.longest == found.subject.tokens.shortest == 64
+    assert found.notes == (f"the artifact takes no longer texts: conversations of {found.subject.tokens.prefix} tokens, not 400",)
+    assert found.notes[0] in " ".join(text_of(found).split())
 
 
 def test_a_model_of_images_has_no_conversations(tmp_path: Path) -> None:
