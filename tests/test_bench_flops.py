@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen3Config
 
 from app.attention import GroupSpan, visibility
 from app.bench.flops import Shapes, padded_flops, plain_flops, shared_flops, vision_flops, window_pairs
@@ -16,6 +17,7 @@ from app.bench.ways import score_padded
 from app.bench.workload import part_of
 from app.contracts import EncodedGroup
 from app.encoding import Encoder
+from app.errors import SettingsInvalid
 from app.geometry import GEOMETRIES, base_config, write_artifact
 from app.model import LoadedModel
 from app.scoring import score_plain
@@ -118,3 +120,8 @@ def test_the_whole_geometry_in_numbers() -> None:
     group = EncodedGroup(("", b""), None, rows, 258)
     assert vision_flops(shapes, (1, 22, 32)) == pytest.approx(0.93e12, rel=0.02)
     assert shared_flops(shapes, group, num_known=0) + vision_flops(shapes, (1, 22, 32)) == pytest.approx(3.9e12, rel=0.02)
+
+
+def test_the_work_of_another_family_is_not_guessed() -> None:
+    with pytest.raises(SettingsInvalid, match=r"counts the work of a Qwen2\.5-VL, this model's base is 'qwen3'"):
+        Shapes.of(Qwen3Config())
