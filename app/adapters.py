@@ -15,25 +15,27 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
-from app.artifacts import ADAPTER_WEIGHTS_NAME, Artifact
+from app.artifacts import Artifact
 from app.bases import BACKBONE_NAMES, backbone_name, first_of, reason_of, refuse_doubles, tensor_names
 from app.errors import ArtifactInvalid
+from app.layouts import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 
 _PEFT_PREFIX = "base_model.model."
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base's weights as well
+_HEADS_OF_SEQ_CLS = {"classifier", "score"}  # what peft adds to modules_to_save for that task
 _LORA_KEYS = (".lora_A.weight", ".lora_B.weight")
 
 
 def checked_adapter(artifact: Artifact) -> dict[str, Any]:
     """The adapter's configuration; configuration and tensors were looked at."""
-    config = _adapter_config(artifact)
+    config = adapter_config(artifact)
     _check_adapter_file(artifact.adapter_path / ADAPTER_WEIGHTS_NAME)
     return config
 
 
-def _adapter_config(artifact: Artifact) -> dict[str, Any]:
+def adapter_config(artifact: Artifact) -> dict[str, Any]:
     """`adapter_config.json` of a plain LoRA; what peft would ignore or what changes the base is refused."""
-    path = artifact.adapter_path / "adapter_config.json"
+    path = artifact.adapter_path / ADAPTER_CONFIG_NAME
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -69,22 +71,40 @@ def with_adapter(backbone: Any, artifact: Artifact, *, merge: bool) -> Any:
     path = artifact.adapter_path
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # a refusal in `_check_adapter`
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # a refusal in `check_adapter`
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks transformers 5.23 so
             peft_model = PeftModel.from_pretrained(
-                backbone, str(path), adapter_name="default", is_trainable=False, key_mapping=BACKBONE_NAMES[backbone.config.model_type]
+                backbone,
+                str(path),
+                adapter_name="default",
+                is_trainable=False,
+                config=of_backbone(LoraConfig.from_pretrained(str(path))),
+                key_mapping=BACKBONE_NAMES[backbone.config.model_type],
             )
+    except ArtifactInvalid as error:
+        raise ArtifactInvalid(f"{path / ADAPTER_CONFIG_NAME}: {error}") from None
     except Exception as error:
         raise ArtifactInvalid(f"{path}: adapter does not fit the base ({reason_of(error)})") from None
-    _check_adapter(peft_model, artifact.adapter_path / ADAPTER_WEIGHTS_NAME)
+    check_adapter(peft_model, artifact)
     # peft holds the adapter in float32, so merging sums in float32 and rounds once to the base's format; a test proves it
     return peft_model.merge_and_unload() if merge else peft_model.get_base_model()
 
 
-def _check_adapter(peft_model: PeftModel, path: Path) -> None:
+def of_backbone(config: LoraConfig) -> LoraConfig:
+    """For the base without its head: the head of a SEQ_CLS adapter, which peft saves with it, is read apart."""
+    if others := sorted(set(config.modules_to_save or ()) - _HEADS_OF_SEQ_CLS):
+        raise ArtifactInvalid(f"modules_to_save {', '.join(others)}: expected plain LoRA, and at most its head beside it")
+    config.task_type = config.modules_to_save = None
+    return config
+
+
+def check_adapter(peft_model: PeftModel, artifact: Artifact) -> None:
     """PEFT only warns about missing keys and says nothing of others; here each is a refusal."""
+    path = artifact.adapter_path / ADAPTER_WEIGHTS_NAME
     family = peft_model.get_base_model().config.model_type
-    names = [_PEFT_PREFIX + backbone_name(name.removeprefix(_PEFT_PREFIX), family) for name in tensor_names(path)]
+    apart = artifact.layout.head_prefix
+    in_file = (name for name in tensor_names(path) if not apart or not name.startswith(apart))
+    names = [_PEFT_PREFIX + backbone_name(name.removeprefix(_PEFT_PREFIX), family) for name in in_file]
     refuse_doubles(path, names)
     expected, found = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False)), set(names)
     for what, wrong in (("missing", expected - found), ("unexpected", found - expected)):

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -17,19 +18,28 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from app.errors import ArtifactInvalid
+from app.layouts import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    HERE,
+    LAYOUTS,
+    Kind,
+    KindLayout,
+    chat_recipe,
+    holds_tokenizer,
+    published_config,
+)
 
 CONFIG_NAME = "reward_model_config.json"
 HEAD_NAME = "reward_head.safetensors"
 PICKLED_HEAD_NAME = "reward_head.pt"
 ADAPTER_NAME = "backbone_adapter"
-ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 PROCESSOR_NAME = "processor"
 GOLDEN_NAME = "golden.json"
 DEMO_PATH = Path(__file__).parent / "demo"
 BUNDLED = {"demo": DEMO_PATH, "newyorker": DEMO_PATH.with_name("newyorker")}
 TEMPLATE = "{prompt}\n\nCandidate caption: {caption}\n\nJudge how funny this caption is for the cartoon."
 DEFAULT_PROMPT = "Write a funny one-line caption for this New Yorker-style cartoon."
-_OWN_FOLDER = re.compile(r"\./[A-Za-z0-9][A-Za-z0-9._-]*")  # one folder directly in the artifact
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_SHOWN = 60  # characters of a wrong value in an error
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -38,7 +48,11 @@ _NOT_SCORING = {"files", "training", "description", "score_distribution"} | {  #
     "base_model_revision",
     "base_model_sha256",
 }
-_RECIPE = {"template", "default_prompt", "prompt_policy", "caption_role", "max_prompt_tokens", "max_caption_tokens", "image", "pooling"}
+_RECIPE = {
+    "template", "default_prompt", "prompt_policy", "caption_role", "max_prompt_tokens", "max_caption_tokens", "max_tokens",
+    "image", "pooling",
+}  # fmt: skip
+_LATER = ("head", "max_tokens")  # keys that configurations did not always have
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".pt2"}
 
 
@@ -60,6 +74,26 @@ class Calibration(_Strict):
     temperature: float = Field(1.0, gt=0)
 
 
+class HeadSpec(_Strict):
+    """How the last hidden state becomes the score; what a linear head without bias does not need is left at its default.
+
+    two_layer is Linear(hidden, width), activation, Linear(width, 1), with SiLU the head of BaseReward (arXiv 2509.16127).
+    """
+
+    layers: Literal["linear", "two_layer"] = "linear"
+    bias: bool = Field(False, description="In every layer. The last one's moves all scores alike, and no win probability.")
+    width: int | None = Field(None, ge=1, description="Values between the two layers; two_layer only, and required there.")
+    activation: Literal["silu", "gelu", "relu", "tanh"] = Field("silu", description="Between the two layers; gelu is the exact one.")
+
+    @model_validator(mode="after")
+    def _fits_its_layers(self) -> Self:
+        if self.layers == "two_layer" and self.width is None:
+            raise ValueError("a two_layer head needs its width")
+        if self.layers == "linear" and (self.width is not None or self.activation != "silu"):
+            raise ValueError("a linear head has neither width nor activation")
+        return self
+
+
 class ScoreDistribution(_Strict):
     mean: float
     std: float = Field(ge=0)
@@ -70,21 +104,23 @@ class RewardModelConfig(_Strict):
 
     base_model_name: str = Field(description="Hub id, directory, or `./x` relative to the artifact.")
     score_head_shape: tuple[int, int] = Field(description="[1, hidden]")
+    head: HeadSpec = HeadSpec()
     schema_version: Literal[1] = 1
-    kind: Literal["lora_head", "full_head"] = Field(
-        "lora_head", description="lora_head: an adapter on a base; full_head: every weight trained, the base a folder of the artifact."
-    )
+    kind: Kind = Field("lora_head", description="Where the parts lie: see `app.layouts`.")
     description: str = ""
     base_model_revision: str | None = None
     base_model_sha256: str | None = Field(None, description="`base_sha256` of the base the adapter was trained on.")
     template: str = TEMPLATE
-    default_prompt: str = DEFAULT_PROMPT
+    default_prompt: str | None = Field(DEFAULT_PROMPT, description="null: every request brings its own.")
     prompt_policy: Literal["request", "fixed"] = Field("request", description="fixed: only the default prompt is allowed.")
-    caption_role: Literal["user", "raw"] = Field(
-        "user", description="user: the text is the user's turn of a chat; raw: the text by itself, for text-only bases."
+    caption_role: Literal["user", "assistant", "dialogue", "raw"] = Field(
+        "user",
+        description="user: prompt and caption are the user's turn of a chat; assistant: the caption is the assistant's turn behind the "
+        "prompt's or behind messages; dialogue: as that, in hh-rlhf's plain form; raw: the template by itself. The last two are text-only.",
     )
-    max_prompt_tokens: int = Field(160, ge=1, description="Longer prompts are cut, as in training, and the answer says so.")
-    max_caption_tokens: int = Field(80, ge=1, description="Longer captions are refused.")
+    max_prompt_tokens: int | None = Field(160, ge=1, description="Longer prompts are cut, as in training, and the answer says so.")
+    max_caption_tokens: int | None = Field(80, ge=1, description="Longer captions are refused.")
+    max_tokens: int | None = Field(None, ge=1, description="A caption with all before it, image included, that is longer is refused.")
     image: ImageRecipe = ImageRecipe()
     pooling: Literal["last_token"] = "last_token"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -95,24 +131,38 @@ class RewardModelConfig(_Strict):
 
     @field_validator("kind")
     @classmethod
-    def _carries_its_trained_base(cls, value: str, info: ValidationInfo) -> str:
-        base = info.data.get("base_model_name", "")
-        if value == "full_head" and not _OWN_FOLDER.fullmatch(base):
-            raise ValueError(f"full_head keeps its weights in the artifact; expected base_model_name './folder', not {_short(base)}")
+    def _carries_its_trained_base(cls, value: Kind, info: ValidationInfo) -> Kind:
+        base, place = info.data.get("base_model_name", ""), LAYOUTS[value].base
+        if place is not None and not place.fullmatch(base):
+            raise ValueError(f"{value} keeps its weights in the artifact; expected base_model_name {place.shown!r}, not {_short(base)}")
         return value
 
-    @field_validator("template")
-    @classmethod
-    def _has_both_slots(cls, value: str) -> str:
-        if value.count("{prompt}") != 1 or value.count("{caption}") != 1:
-            raise ValueError("template must contain {prompt} and {caption} once each")
-        return value
+    @model_validator(mode="after")
+    def _has_its_slots(self) -> Self:
+        wanted = {"{prompt}": 1, "{caption}": int(self.caption_role in ("user", "raw"))}
+        if {slot: self.template.count(slot) for slot in wanted} != wanted:
+            said = (
+                "{prompt} and {caption} once each"
+                if wanted["{caption}"]
+                else "{prompt} once, and no {caption}, which has a turn of its own"
+            )
+            raise ValueError(f"template must contain {said}")
+        return self
+
+    @model_validator(mode="after")
+    def _is_bounded(self) -> Self:
+        if self.max_tokens is None and None in (self.max_prompt_tokens, self.max_caption_tokens):
+            raise ValueError("without max_tokens both max_prompt_tokens and max_caption_tokens are needed")
+        if self.prompt_policy == "fixed" and self.default_prompt is None:
+            raise ValueError("prompt_policy fixed needs a default_prompt")
+        return self
 
 
 _ASSUMABLE = tuple(
     name
     for name in RewardModelConfig.model_fields
-    if name not in {"base_model_name", "score_head_shape", "description", "files", "training", "score_distribution"}
+    # an absent head is no guess: the head's tensors must be those of a linear one
+    if name not in {"base_model_name", "score_head_shape", "head", "max_tokens", "description", "files", "training", "score_distribution"}
 )
 
 
@@ -169,15 +219,30 @@ class Artifact:
     assumed: tuple[str, ...]
 
     @property
+    def layout(self) -> KindLayout:
+        return LAYOUTS[self.config.kind]
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.layout.adapter is not None
+
+    @property
     def adapter_path(self) -> Path:
-        return self.root / ADAPTER_NAME
+        return self.root / (self.layout.adapter or ADAPTER_NAME)
 
     @property
     def processor_path(self) -> Path:
-        return self.root / PROCESSOR_NAME
+        """Of tokenizer, chat template and image processor; a published adapter without them leaves them to its base."""
+        path = self.root / self.layout.processor
+        return self.base_path if self.has_adapter and path == self.root and not holds_tokenizer(path) else path
 
     @property
     def head_path(self) -> Path:
+        """The file with the head's tensors; the folder where they are among the base's."""
+        if self.layout.head is not None:
+            return self.root / self.layout.head
+        if self.layout.head_prefix:
+            return self.base_path
         path = self.root / HEAD_NAME
         return path if path.exists() else self.root / PICKLED_HEAD_NAME
 
@@ -194,33 +259,56 @@ class Artifact:
 
 
 @dataclass(frozen=True, slots=True)
-class _Hub:
+class Hub:
     """How the Hub may be used: not at all beyond its cache, or only for exact commits."""
 
     offline: bool = False
     require_pinned: bool = False
 
 
-def open_artifact(model: str, *, base_model: str | None = None, offline: bool = False, require_pinned: bool = False) -> Artifact:
+def open_artifact(
+    model: str,
+    *,
+    base_model: str | None = None,
+    offline: bool = False,
+    require_pinned: bool = False,
+    said: Mapping[str, Any] | None = None,
+) -> Artifact:
     """Find the artifact and its base, check layout and hashes. Raises ArtifactInvalid with one line.
 
+    `said`: what somebody knows of a published folder that has no configuration of ours.
     `require_pinned`: a Hub id without a commit is refused, for what a branch or a tag names may change between two starts.
     """
-    hub = _Hub(offline, require_pinned)
-    root = BUNDLED.get(model) or _find(model, None, hub, "model")
-    config = _read_model(root / CONFIG_NAME, RewardModelConfig)
-    _check_layout(root, config)
-    _check_hashes(root, config)
-    assumed = tuple(f"{name}={_show(getattr(config, name))}" for name in _ASSUMABLE if name not in config.model_fields_set)
-    artifact = Artifact(root, config, _find_base(root, config, base_model, hub), assumed)
+    hub = Hub(offline, require_pinned)
+    root = find_artifact(model, hub)
+    config, guessed = read_config(root, said or {})
+    check_layout(root, config)
+    check_hashes(root, config)
+    assumed = tuple(f"{name}={_show(getattr(config, name))}" for name in guessed)
+    artifact = Artifact(root, config, base_of(root, config, base_model, hub), assumed)
     artifact.golden()
     return artifact
 
 
-def describe_artifact(model: str, *, offline: bool = False) -> tuple[Path, RewardModelConfig]:
-    """Where an artifact lies and what its configuration says; nothing else is checked."""
-    root = BUNDLED.get(model) or _find(model, None, _Hub(offline), "model")
-    return root, _read_model(root / CONFIG_NAME, RewardModelConfig)
+def find_artifact(model: str, hub: Hub) -> Path:
+    """The folder of a bundled model, a directory or a Hub id. Raises ArtifactInvalid."""
+    return BUNDLED.get(model) or _find(model, None, hub, "model")
+
+
+def read_config(root: Path, said: Mapping[str, Any]) -> tuple[RewardModelConfig, tuple[str, ...]]:
+    """The configuration and what of it nobody said: of a published folder without one of ours, what its kind commonly means."""
+    path = root / CONFIG_NAME
+    if path.exists() or (root / ADAPTER_NAME).is_dir():
+        if said:
+            raise ArtifactInvalid(f"{path}: says already what {', '.join(sorted(said))} would")
+        config = _read_model(path, RewardModelConfig)
+        return config, tuple(name for name in _ASSUMABLE if name not in config.model_fields_set)
+    try:
+        config = RewardModelConfig.model_validate(published_config(root, said))
+    except ValidationError as error:
+        raise ArtifactInvalid(f"{root}: {'; '.join(map(_fault, error.errors(include_url=False)))}") from None
+    known = (config.model_fields_set - chat_recipe(root).keys()) | said.keys()
+    return config, tuple(name for name in (*_ASSUMABLE, "max_tokens") if name not in known)
 
 
 def write_config(root: Path, config: RewardModelConfig) -> RewardModelConfig:
@@ -230,7 +318,7 @@ def write_config(root: Path, config: RewardModelConfig) -> RewardModelConfig:
     """
     for path in root.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
-    files = {name: file_sha256(root / name) for name in _listed_files(root, config)}
+    files = {name: file_sha256(root / name) for name in listed_files(root, config)}
     config = config.model_copy(update={"files": files})
     text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False)
     (root / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
@@ -250,25 +338,40 @@ def file_sha256(path: Path) -> str:
 
 def base_sha256(base_path: Path) -> str:
     """One SHA-256 over the base model's configuration and weights: every `.safetensors` and `config.json`."""
-    return _digest({path.name: digest for path, digest in _hash_all([base_path / "config.json", *base_path.glob("*.safetensors")])})
+    return _digest({path.name: digest for path, digest in _hash_all(base_files(base_path))})
+
+
+def base_files(base_path: Path) -> list[Path]:
+    """What `base_sha256` is of."""
+    return [base_path / "config.json", *base_path.glob("*.safetensors")]
 
 
 def fingerprint(artifact: Artifact, base_digest: str, runtime: dict[str, str]) -> str:
     """SHA-256 over everything that can change a score: recipe, files, base, and how this process computes."""
-    config = artifact.config.model_dump(mode="json", exclude=_NOT_SCORING)
-    scoring = [artifact.root / name for name in _own_files(artifact.root) if not name.startswith("golden") and not name.endswith(".md")]
+    config = _said(artifact.config, exclude=_NOT_SCORING)
+    own = (name for name in _own_files(artifact.root, artifact.config) if not name.startswith("golden") and not name.endswith(".md"))
+    hashed = base_files(artifact.base_path)
+    scoring = [artifact.root / name for name in own if artifact.root / name not in hashed]
     files = {str(path.relative_to(artifact.root)): digest for path, digest in _hash_all(scoring)}
     return _digest({"config": config, "files": files, "base": base_digest, "runtime": runtime})
 
 
 def recipe_sha256(config: RewardModelConfig) -> str:
     """SHA-256 over what makes ids and pixels of a request, as the configuration says it."""
-    return _digest(config.model_dump(mode="json", include=_RECIPE))
+    return _digest(_said(config, include=_RECIPE))
+
+
+def _said(config: RewardModelConfig, **which: set[str]) -> dict[str, Any]:
+    """The configuration as hashes see it: a key that came later counts from where it is used, so that older hashes stay."""
+    plain = {name: RewardModelConfig.model_fields[name].default for name in _LATER}
+    unused = {name for name, default in plain.items() if getattr(config, name) == default}
+    shown = config.model_dump(mode="json", **which)  # type: ignore[arg-type]
+    return {name: value for name, value in shown.items() if name not in unused}
 
 
 def find_base(name: str, revision: str | None = None, *, offline: bool = False) -> Path:
     """The directory of a base model, by path or pinned Hub id, with weights that can be loaded safely. Raises ArtifactInvalid."""
-    return _checked_base_folder(_find(name, revision, _Hub(offline), "base model"))
+    return _checked_base_folder(_find(name, revision, Hub(offline), "base model"))
 
 
 def _digest(value: Any) -> str:
@@ -281,14 +384,19 @@ def _hash_all(paths: Iterable[Path]) -> list[tuple[Path, str]]:
         return list(zip(paths, pool.map(file_sha256, paths), strict=True))
 
 
-def _listed_files(root: Path, config: RewardModelConfig) -> list[str]:
+def listed_files(root: Path, config: RewardModelConfig) -> list[str]:
     """The files whose hashes the configuration lists: the artifact's own, and its base if that was trained."""
-    base = [] if config.kind == "lora_head" else _find_files(root, f"{config.base_model_name}/**/*")
-    return sorted([*_own_files(root), *base])
+    place = config.base_model_name
+    base = _find_files(root, f"{place}/**/*") if LAYOUTS[config.kind].base is not None and place != HERE else []
+    return sorted([*_own_files(root, config), *base])
 
 
-def _own_files(root: Path) -> list[str]:
+def _own_files(root: Path, config: RewardModelConfig) -> list[str]:
     """Every file that belongs to the artifact, relative, without the configuration itself, the base and example pictures."""
+    if LAYOUTS[config.kind].is_published_as_is:  # what its makers put beside it that is neither read nor kept does not count
+        beside = (CONFIG_NAME, "*.md", *(f"*{suffix}" for suffix in PICKLES))
+        found = _find_files(root, "*", "golden/**/*")
+        return sorted(name for name in found if not any(fnmatch(name, pattern) for pattern in beside))
     parts = [HEAD_NAME, PICKLED_HEAD_NAME, GOLDEN_NAME, f"{ADAPTER_NAME}/**/*", f"{PROCESSOR_NAME}/**/*", "golden/**/*"]
     return sorted(_find_files(root, *parts))
 
@@ -312,7 +420,7 @@ def _read_model(path: Path, model: type[_Model]) -> _Model:
 def _fault(item: Any) -> str:
     """Where, what was expected and what was found, in one line."""
     where = ".".join(map(str, item["loc"])) or "content"
-    found = "" if item["type"] in ("json_invalid", "missing") else f", found {_short(item['input'])}"
+    found = "" if item["type"] in ("json_invalid", "missing") or not item["loc"] else f", found {_short(item['input'])}"
     return f"{where}: {item['msg'].removeprefix('Value error, ')}{found}"
 
 
@@ -321,7 +429,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + ".."
 
 
-def _find(name: str, revision: str | None, hub: _Hub, what: str) -> Path:
+def _find(name: str, revision: str | None, hub: Hub, what: str) -> Path:
     """A directory as it is, else a pinned Hub snapshot."""
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser it raises for no name
     if path.is_dir():
@@ -342,9 +450,11 @@ def _find(name: str, revision: str | None, hub: _Hub, what: str) -> Path:
         ) from None
 
 
-def _find_base(root: Path, config: RewardModelConfig, override: str | None, hub: _Hub) -> Path:
-    if override and config.kind == "full_head":
-        raise ArtifactInvalid(f"{root / CONFIG_NAME}: a full_head artifact carries its trained base; expected no other, found {override}")
+def base_of(root: Path, config: RewardModelConfig, override: str | None, hub: Hub) -> Path:
+    if override and LAYOUTS[config.kind].base is not None:
+        raise ArtifactInvalid(
+            f"{root / CONFIG_NAME}: a {config.kind} artifact carries its trained base; expected no other, found {override}"
+        )
     return _checked_base_folder(_locate_base(root, config, override, hub))
 
 
@@ -359,10 +469,12 @@ def _checked_base_folder(base: Path) -> Path:
     return base
 
 
-def _locate_base(root: Path, config: RewardModelConfig, override: str | None, hub: _Hub) -> Path:
+def _locate_base(root: Path, config: RewardModelConfig, override: str | None, hub: Hub) -> Path:
     """The override, else the configured base; a relative one is a folder of the artifact and never a Hub id."""
     if override:
         return _find(override, None, hub, "base model")
+    if config.base_model_name == HERE:
+        return root
     if not config.base_model_name.startswith("./"):
         return _find(config.base_model_name, config.base_model_revision, hub, "base model")
     base = root / config.base_model_name
@@ -371,8 +483,14 @@ def _locate_base(root: Path, config: RewardModelConfig, override: str | None, hu
     return base
 
 
-def _check_layout(root: Path, config: RewardModelConfig) -> None:
-    _check_adapter_files(root / ADAPTER_NAME, config)
+def check_layout(root: Path, config: RewardModelConfig) -> None:
+    layout = LAYOUTS[config.kind]
+    _check_adapter_files(root, config)
+    if layout.is_published_as_is:
+        if layout.head is not None and not (root / layout.head).is_file():
+            raise ArtifactInvalid(f"{root / layout.head}: missing; a reward model without its head scores noise")
+        _refuse_remote_code(root)
+        return
     if not (root / PROCESSOR_NAME).is_dir():
         raise ArtifactInvalid(f"{root / PROCESSOR_NAME}: missing; it holds tokenizer, image processor and chat template")
     heads = [name for name in (HEAD_NAME, PICKLED_HEAD_NAME) if (root / name).is_file()]
@@ -384,12 +502,14 @@ def _check_layout(root: Path, config: RewardModelConfig) -> None:
     _refuse_remote_code(root / PROCESSOR_NAME)
 
 
-def _check_adapter_files(folder: Path, config: RewardModelConfig) -> None:
-    if config.kind == "full_head":
-        if folder.exists():
-            raise ArtifactInvalid(f"{folder}: expected no adapter in a full_head artifact; its base holds every trained weight")
+def _check_adapter_files(root: Path, config: RewardModelConfig) -> None:
+    layout = LAYOUTS[config.kind]
+    if layout.adapter is None:
+        for found in (root / ADAPTER_NAME, root / ADAPTER_CONFIG_NAME):
+            if found.exists():
+                raise ArtifactInvalid(f"{found}: expected no adapter in a {config.kind} artifact; its base holds every trained weight")
         return
-    for path in (folder / "adapter_config.json", folder / ADAPTER_WEIGHTS_NAME):
+    for path in (root / layout.adapter / ADAPTER_CONFIG_NAME, root / layout.adapter / ADAPTER_WEIGHTS_NAME):
         if not path.is_file():
             raise ArtifactInvalid(f"{path}: missing")
 
@@ -400,10 +520,10 @@ def _refuse_remote_code(folder: Path) -> None:
             raise ArtifactInvalid(f"{path}: auto_map asks to run the model's own code, which Punchline never does")
 
 
-def _check_hashes(root: Path, config: RewardModelConfig) -> None:
+def check_hashes(root: Path, config: RewardModelConfig) -> None:
     if not config.files:
         return
-    present = set(_listed_files(root, config))
+    present = set(listed_files(root, config))
     if absent := sorted(set(config.files) - present):
         raise ArtifactInvalid(f"{root / absent[0]}: missing, expected sha256 {config.files[absent[0]]}")
     if strange := sorted(present - set(config.files)):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from app.artifacts import Artifact
@@ -40,6 +41,7 @@ def load_backbone(artifact: Artifact, dtype: torch.dtype) -> Any:
     path = artifact.base_path
     config = read_base_config(path)
     key_mapping = _key_mapping(path, config.model_type)
+    unused = _UNUSED_BASE_KEYS | head_keys(artifact)
     try:
         backbone, info = AutoModel.from_pretrained(
             path,
@@ -55,20 +57,38 @@ def load_backbone(artifact: Artifact, dtype: torch.dtype) -> Any:
     except Exception as error:  # whatever the libraries raise, the base is at fault
         raise ArtifactInvalid(f"{path}: base model cannot be loaded ({reason_of(error)})") from None
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if found := sorted(map(str, set(map(_name, info.get(fault, ()))) - _UNUSED_BASE_KEYS)):
+        if found := sorted(map(str, set(map(_name, info.get(fault, ()))) - unused)):
             raise ArtifactInvalid(f"{path}: {len(found)} {fault.replace('_', ' ')} in the base weights, first {first_of(found)}")
     return backbone
+
+
+def head_keys(artifact: Artifact) -> set[str]:
+    """Names that a head has among the weights of its base: of a sequence-classification checkpoint."""
+    layout = artifact.layout
+    return {f"{layout.head_prefix}{name}" for name in ("weight", "bias")} if layout.head is None and layout.head_prefix else set()
+
+
+def read_head_tensors(artifact: Artifact) -> dict[str, Tensor]:
+    """The tensors of a head that lies among others, by their bare names. Raises ArtifactInvalid."""
+    prefix = artifact.layout.head_prefix
+    tensors = {}
+    for path in [artifact.head_path] if artifact.layout.head is not None else shards(artifact.base_path):
+        for name in tensor_names(path):
+            if name.startswith(prefix):
+                with safe_open(path, framework="pt") as stream:
+                    tensors[name.removeprefix(prefix)] = stream.get_tensor(name)
+    return tensors
 
 
 def _key_mapping(path: Path, family: str) -> dict[str, str] | None:
     """What transformers must be told of the names in a base, None where it knows them itself. Raises ArtifactInvalid for double ones."""
     names_of = {shard: tensor_names(shard) for shard in sorted(path.glob("*.safetensors"))}
-    names = [name for shard in _shards(path) for name in names_of.get(shard, ())]
+    names = [name for shard in shards(path) for name in names_of.get(shard, ())]
     refuse_doubles(path, [backbone_name(name, family) for name in names])
     return BACKBONE_NAMES[family] if any(name.startswith("model.visual.") for name in names) else None
 
 
-def _shards(path: Path) -> list[Path]:
+def shards(path: Path) -> list[Path]:
     """The files that transformers reads: the one whole file if there is one, else those the index names."""
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if whole.exists() or not index.exists():

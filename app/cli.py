@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from app import __version__
-from app.artifacts import CONFIG_NAME, describe_artifact
 from app.errors import ApiError, DeviceBroken, DeviceFault, DeviceHung, StartRefused
 from app.preference import compare as compare_scores
 from app.preference import rank as rank_scores
@@ -194,19 +193,23 @@ def compare(
 @app.command()
 def info(
     model: Annotated[str | None, typer.Argument(help="A directory, a Hub id, `demo` (if none is named) or `newyorker`.")] = None,
+    base_model: Base = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Say what an artifact is, without loading it, or what a server has loaded."""
-    _one_of(url, model)
-    card = remote_info(url, _key()) if url else _local_info(model or "demo")
+    """Say what a folder is and what would stop it from being served, without loading it; or what a server has loaded."""
+    _one_of(url, model, base_model)
+    card = remote_info(url, _key()) if url else _local_info(model or "demo", base_model)
     if as_json:
         out.print_json(data=card)
-        return
-    table = Table("", "", show_header=False)
-    for name, value in card.items():
-        table.add_row(name, _literal(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
-    out.print(table)
+    else:
+        table = Table("", "", show_header=False)
+        for name, value in card.items():
+            table.add_row(name, _literal(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+        out.print(table)
+    if card.get("stops"):
+        _complain(f"would not be served: {len(card['stops'])} reasons, first {card['stops'][0]}")
+        sys.exit(StartRefused.exit_code)
 
 
 @app.command()
@@ -231,6 +234,11 @@ def convert(
         Path | None, typer.Option(help="JSON lines of {image, captions, prompt?} (a text-only model: no image) to become golden items.")
     ] = None,
     offline: Annotated[bool, typer.Option(help="Never ask the Hub.")] = False,
+    caption_role: Annotated[
+        Literal["assistant", "dialogue", "raw"] | None, typer.Option(help="Of a published folder that does not say it: what a caption is.")
+    ] = None,
+    template: Annotated[str | None, typer.Option(help="As above: the prompt's text, or with --caption-role raw the whole.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="As above: the longest text, image included.")] = None,
 ) -> None:
     """Write the full artifact: safetensors head, every default spelt out, hashes, golden scores."""
     from app.converting import convert as run
@@ -240,7 +248,8 @@ def convert(
     _quiet_libraries()
     with err.status("opening") as status:
         inputs = read_inputs(golden) if golden else []
-        run(source, target, base_model=base_model, inputs=inputs, offline=offline, progress=status.update)
+        said = _named(caption_role=caption_role, template=template, max_tokens=max_tokens)
+        run(source, target, base_model=base_model, inputs=inputs, offline=offline, progress=status.update, said=said)
     out.print(f"wrote {target}; check it with: punchline selftest --model {target}", markup=False)
 
 
@@ -321,9 +330,11 @@ def _local_compare(image: Path, a: str, b: str, prompt: str | None, model: str |
     }
 
 
-def _local_info(model: str) -> dict[str, Any]:
-    root, config = describe_artifact(model)
-    return {"path": str(root / CONFIG_NAME), **config.model_dump(mode="json")}
+def _local_info(model: str, base_model: str | None) -> dict[str, Any]:
+    _quiet_libraries()
+    from app.inspecting import inspect_artifact
+
+    return inspect_artifact(model, base_model=base_model).as_dict()
 
 
 def _local_selftest(model: str | None, base_model: str | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from app.errors import ApiError
 
 Ids = NDArray[np.int64]
+Role: TypeAlias = Literal["system", "user", "assistant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +50,22 @@ class EncodedImage:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side of a conversation says."""
+
+    role: Role
+    content: str
+
+
+Conversation: TypeAlias = tuple[Turn, ...]  # what the captions answer; its last turn is the user's
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """What a client asks for: the candidates for one image and one prompt."""
 
     captions: tuple[str, ...]
-    prompt: str | None = None  # None: the artifact's default prompt
+    prompt: str | Conversation | None = None  # None: the artifact's default prompt
     image: EncodedImage | None = None  # None: a text-only reward model
 
 
@@ -120,7 +132,7 @@ class GroupEncoder(Protocol):
 
     def image_tokens(self, width: int, height: int) -> int: ...
 
-    def max_tokens(self, num_image_tokens: int, prompt: str | None, captions: Sequence[str]) -> int: ...
+    def max_tokens(self, num_image_tokens: int, prompt: str | Conversation | None, captions: Sequence[str]) -> int: ...
 
     def encode_image(self, image: RgbImage) -> EncodedImage: ...
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,13 +19,14 @@ from app.artifacts import (
     Artifact,
     RewardModelConfig,
     base_sha256,
+    listed_files,
     open_artifact,
     write_config,
     write_golden,
 )
 from app.encoding import load_encoder
 from app.errors import ArtifactInvalid
-from app.golden import GoldenInput, long_prompt, make_golden
+from app.golden import GoldenInput, asked_prompt, long_prompt, make_golden
 from app.heads import save_head
 from app.model import load_model
 from app.scoring import score_plain
@@ -39,6 +41,9 @@ _CAPTIONS = (
 )
 
 
+_OTHER_PROMPT = "Somebody left this on my desk this morning. Please tell me what it is, and what I am supposed to do about it."
+
+
 class _InputLine(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -48,22 +53,32 @@ class _InputLine(BaseModel):
 
 
 def convert(
-    source: str, target: Path, *, base_model: str | None, inputs: Sequence[GoldenInput], offline: bool, progress: Callable[[str], None]
+    source: str,
+    target: Path,
+    *,
+    base_model: str | None,
+    inputs: Sequence[GoldenInput],
+    offline: bool,
+    progress: Callable[[str], None],
+    said: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the full artifact of `source` to the new directory `target`. Raises ArtifactInvalid; leaves nothing half-written.
+
+    `said`: what is known of a published folder that does not say it itself, by keys of the configuration.
 
     Golden scores are computed in float32 by one forward a caption, the reference every other way is held against.
     """
     if target.exists() or target.is_symlink():
         raise ArtifactInvalid(f"{target}: exists already")
-    artifact = open_artifact(source, base_model=base_model, offline=offline)
+    artifact = open_artifact(source, base_model=base_model, offline=offline, said=said)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         progress("loading the model in float32")
         loaded = load_model(artifact, dtype="float32")
         progress("copying files")
         _copy_parts(artifact, partial)
-        save_head(loaded.model.head, partial / HEAD_NAME)
+        if not artifact.layout.is_published_as_is:
+            save_head(loaded.model.head, partial / HEAD_NAME)
         progress("scoring the golden items")
         score = lambda groups: [scores.values for scores in score_plain(loaded.model, groups)]  # noqa: E731
         encoder = load_encoder(artifact)
@@ -83,7 +98,9 @@ def default_inputs(config: RewardModelConfig, *, with_images: bool) -> list[Gold
     One prompt is longer than the model's budget, so that a changed budget changes a golden score. A text-only model gets no
     picture and no empty caption: there, with an empty prompt, nothing might be left to score.
     """
-    prompts = (None, None if config.prompt_policy == "fixed" else long_prompt(config.max_prompt_tokens), None)
+    own, limit = asked_prompt(config), config.max_prompt_tokens
+    longer = own if config.prompt_policy == "fixed" else _OTHER_PROMPT if limit is None else long_prompt(limit)
+    prompts = (own, longer, own)
     if not with_images:
         return [GoldenInput(None, tuple(filter(None, _CAPTIONS)), prompt) for prompt in prompts[:2]]
     pictures = sorted((DEMO_PATH / "cartoons").glob("*.png"))
@@ -109,7 +126,11 @@ def _read_input(line: str, path: Path, number: int) -> GoldenInput:
 
 def _copy_parts(artifact: Artifact, target: Path) -> None:
     target.mkdir(parents=True)
-    for part in (ADAPTER_NAME, PROCESSOR_NAME) if artifact.config.kind == "lora_head" else (PROCESSOR_NAME,):
+    if artifact.layout.is_published_as_is:
+        for name in listed_files(artifact.root, artifact.config):
+            shutil.copy2(artifact.root / name, target / name)
+        return
+    for part in (ADAPTER_NAME, PROCESSOR_NAME) if artifact.has_adapter else (PROCESSOR_NAME,):
         shutil.copytree(artifact.root / part, target / part, ignore=shutil.ignore_patterns(".*", "*.md"))
     if artifact.config.base_model_name.startswith("./"):
         pickles = shutil.ignore_patterns(".*", *(f"*{suffix}" for suffix in PICKLES))

@@ -20,50 +20,77 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from app.artifacts import Artifact, RewardModelConfig
-from app.contracts import EncodedGroup, EncodedImage, Explanation, Group, Ids, RgbImage
+from app.contracts import Conversation, EncodedGroup, EncodedImage, Explanation, Group, Ids, RgbImage, Role
 from app.errors import ApiError, ArtifactInvalid, ImageRejected, InvalidRequest, ItemRejected
+from app.framing import REASONING_ENDS, Frame, Framer, TextRun
 from app.images import shrink, shrunk_size
 
 _Part = TypeVar("_Part")
 TEXT_ONLY_FAMILIES = ("qwen2", "qwen3")  # model types of bases without a vision tower
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", *TEXT_ONLY_FAMILIES)
-_SLOTS = ("{prompt}", "{caption}")
-_SLOT = "\ue000slot\ue000"  # private use: no template contains it
 _ANY_CAPTION = "The"  # stands for all: what it shares with no caption at all is the prefix
 _SEAM = 4  # tokens that joining two texts may add to the sum of theirs
 _MAX_PROMPTS = 256  # whose truncation is remembered
+_MAX_TURNS = 64  # of a conversation
+_MAX_SHAPES = 2 * _MAX_TURNS  # with and without a system's turn
+_MAX_SHOWN_TURNS = 4
+_SEQUENCE_CLASSIFIERS = ("seq_cls", "seq_cls_adapter")
 _NUM_BYTES = 256  # byte-level tokenizers have a token for each
 _NFC_GROWTH = 3  # the most that composing may lengthen UTF-8 (UAX 15); the tokenizer composes
 
 
 @dataclass(frozen=True, slots=True)
-class ChatFrame:
-    """The chat around the user text, cut at special tokens so that no merge crosses a seam."""
+class _Setting:
+    """What a group's captions stand in: ids before and behind, and the text between them, which holds the caption."""
 
-    lead_ids: tuple[int, ...]  # up to and with the last special token before the text
-    lead_text: str  # plain template text between that token and the user text
-    trail_text: str
-    trail_ids: tuple[int, ...]
+    frame: Frame
+    contents: tuple[str, ...]  # of the prompt's slots
+    before: Ids
+    behind: Ids
+    truncated: bool = False
 
-    @property
-    def is_empty(self) -> bool:
-        return not (self.lead_ids or self.lead_text or self.trail_text or self.trail_ids)
+    def text(self, caption: str) -> str:
+        """The caption's own stretch of text."""
+        frame = self.frame
+        run = frame.runs[frame.caption_run]
+        filled = [frame.trimmed(slot, text) for slot, text in enumerate((*self.contents, caption))]
+        return run.filled(filled) if isinstance(run, TextRun) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """Tokens of a frame's template: those that all captions share, and those that each has of its own."""
+
+    shared: int
+    own: int
+    shared_slots: tuple[int, ...]  # of the prompt's
+    own_slots: tuple[int, ...]
 
 
 class Encoder:
     """Encodes groups for one artifact. Implements `GroupEncoder`. Without `image_token_id` it takes text only."""
 
-    def __init__(self, config: RewardModelConfig, tokenizer: Any, image_processor: Any, image_token_id: int | None) -> None:
+    def __init__(
+        self,
+        config: RewardModelConfig,
+        tokenizer: Any,
+        image_processor: Any,
+        image_token_id: int | None,
+        *,
+        unread_id: int | None = None,
+    ) -> None:
+        """`unread_id`: transformers' sequence classification pools the last token that is none of these, its base's padding."""
         self._config = config
         self._plain = _plain_tokenizer(tokenizer)
         self.special_tokens: dict[str, int] = dict(tokenizer.get_added_vocab())  # their text, and the ids that no caption may become
         self._processor = image_processor
         self._image_token_id = image_token_id
-        self._frame, self._template = _frame(config, tokenizer, with_image=self.takes_images)
-        self._prompt_first = config.template.index("{prompt}") < config.template.index("{caption}")
+        self._framer = Framer(config, tokenizer, with_image=self.takes_images, unread_id=unread_id)
+        self._of_text = self._framer.of_text()
+        self._of_roles = lru_cache(_MAX_SHAPES)(self._framer.of_roles)
         self._fit_prompt = lru_cache(_MAX_PROMPTS)(self._cut_prompt)  # prompts come again and again
-        self._num_lead, self._num_between, self._num_trail = self._template_tokens()
-        if image_token_id is not None and self._frame.lead_ids.count(image_token_id) != 1:
+        self._costs = lru_cache(_MAX_SHAPES)(self._template_tokens)
+        if image_token_id is not None and self._of_text.first_ids.count(image_token_id) != 1:
             raise ArtifactInvalid("the chat template does not place exactly one image before the text")
 
     @property
@@ -84,18 +111,25 @@ class Encoder:
             raise ImageRejected("the image is too long and thin for the model", code="image_bad_dimensions") from None
         return int(rows * columns // side**2)
 
-    def max_tokens(self, num_image_tokens: int, prompt: str | None, captions: Sequence[str]) -> int:
-        """An upper bound of a group's tokens, without tokenising it: no token is shorter than a byte."""
-        text = self._config.default_prompt if prompt is None else prompt
-        middle = _max_tokens(text, self._config.max_prompt_tokens) + self._num_between  # prompt, and what parts it from the caption
-        shared = self._num_lead + num_image_tokens + (middle if self._prompt_first else 0)
-        each = self._num_trail + (0 if self._prompt_first else middle)
-        return shared + sum(each + _max_tokens(caption, self._config.max_caption_tokens) for caption in captions)
+    def max_tokens(self, num_image_tokens: int, prompt: str | Conversation | None, captions: Sequence[str]) -> int:
+        """An upper bound of a group's tokens, without tokenising it: no token is shorter than a byte.
+
+        Raises InvalidRequest for a prompt that this model does not take.
+        """
+        frame, contents = self._contents(prompt)
+        limit = self._config.max_prompt_tokens if isinstance(prompt, str | None) else None
+        costs = self._costs(frame)
+        said = [_max_tokens(text, limit) for text in contents]
+        shared = costs.shared + num_image_tokens + sum(said[slot] for slot in costs.shared_slots)
+        each = costs.own + sum(said[slot] for slot in costs.own_slots)
+        most = self._config.max_tokens
+        rows = (each + _max_tokens(caption, self._config.max_caption_tokens) for caption in captions)
+        return shared + sum(rows if most is None else (min(row, most) for row in rows))
 
     @property
     def lead_ids(self) -> Ids:
-        """What every row begins with, before image, prompt and caption."""
-        ids = self._frame.lead_ids
+        """What the rows of a prompt that is a text begin with, before image, prompt and caption; empty where that is the prompt."""
+        ids = self._of_text.first_ids
         count = len(ids) if self._image_token_id is None else ids.index(self._image_token_id)
         return np.asarray(ids[:count], dtype=np.int64)
 
@@ -103,9 +137,11 @@ class Encoder:
     def max_row_tokens(self) -> int:
         """The most tokens one caption with its prompt and image can have, but for slivers."""
         config = self._config
+        if config.max_tokens is not None:
+            return config.max_tokens
         image = self._max_image_tokens() if self.takes_images else 0
-        frame = self._num_lead + self._num_between + self._num_trail
-        return frame + image + config.max_prompt_tokens + config.max_caption_tokens
+        costs = self._costs(self._of_text)
+        return costs.shared + costs.own + image + (config.max_prompt_tokens or 0) + (config.max_caption_tokens or 0)
 
     def _max_image_tokens(self) -> int:
         """Of a square; where the recipe leaves pictures at their size, of the processor's largest."""
@@ -130,19 +166,19 @@ class Encoder:
         """Ids of every caption that can be scored, and one error or None a caption.
 
         The encoded group holds the captions without an error, in order; None if there are none. Raises InvalidRequest for
-        a prompt that is no Unicode text.
+        a prompt that is no Unicode text, or that this model does not take.
         """
-        prompt, truncated = self._fit_prompt(group.prompt)
-        errors = self._caption_errors(prompt, group.captions)
-        texts = [self.text(prompt, caption) for caption, error in zip(group.captions, errors, strict=True) if error is None]
-        if not texts:
+        setting = self._setting(group)
+        errors = self._caption_errors(setting, group.captions)
+        texts = [setting.text(caption) for caption, error in zip(group.captions, errors, strict=True) if error is None]
+        *rows, without, with_one = self._rows(setting, [*texts, setting.text(""), setting.text(_ANY_CAPTION)])
+        rows, errors = self._within(rows, errors, len(without))
+        if not rows:
             return None, errors
-        *rows, without, with_one = self._rows([*texts, self.text(prompt, ""), self.text(prompt, _ANY_CAPTION)], group.image)
-        digest = hashlib.sha256(prompt.encode()).digest()
-        key = (group.image.image_id if group.image else "", digest)
+        key = (group.image.image_id if group.image else "", _digest(setting, is_text=setting.frame is self._of_text))
         common = without[: num_shared([without, with_one])]
         own = tuple(_num_leading(row, common) for row in rows)
-        return EncodedGroup(key, group.image, tuple(rows), min(own), truncated, own), errors
+        return EncodedGroup(key, group.image, tuple(rows), min(own), setting.truncated, own), errors
 
     def explain(self, pieces: Sequence[EncodedGroup]) -> Explanation:
         """The chat of every caption as the model sees it, decoded from its ids."""
@@ -160,30 +196,89 @@ class Encoder:
             image_grid=list(image.grid_thw) if image else None,
         )
 
-    def text(self, prompt: str, caption: str) -> str:
-        """The user text of one caption, by the artifact's template. Braces in user text are plain text."""
-        head, _, rest = self._template.partition("{prompt}")
-        if "{caption}" in head:  # the caption may come first
-            before, _, between = head.partition("{caption}")
-            return f"{before}{caption}{between}{prompt}{rest}"
-        between, _, after = rest.partition("{caption}")
-        return f"{head}{prompt}{between}{caption}{after}"
-
-    def _cut_prompt(self, prompt: str | None) -> tuple[str, bool]:
-        """The recipe's truncation: encode, cut, decode."""
+    def _contents(self, prompt: str | Conversation | None) -> tuple[Frame, tuple[str, ...]]:
+        """How a prompt is set, and the text of each of its slots. Raises InvalidRequest."""
         text = self._config.default_prompt if prompt is None else prompt
-        if not _is_unicode(text):
-            raise InvalidRequest("the prompt has lone surrogates", field="prompt", code="invalid_unicode")
+        if text is None:
+            raise InvalidRequest("this model needs a prompt", field="prompt", code="missing_field")
+        if not isinstance(text, str):
+            return self._of_conversation(self._roles(text)), tuple(turn.content for turn in text)
+        if self._config.caption_role != "dialogue" or not self._framer.is_dialogue(text):
+            return self._of_text, (text,)
+        try:
+            frame, opened = self._framer.of_dialogue(text)
+        except ValueError as error:
+            raise InvalidRequest(str(error), field="prompt", code="prompt_unclear") from None
+        return frame, (opened,)
+
+    def _of_conversation(self, roles: tuple[Role, ...]) -> Frame:
+        try:
+            return self._of_roles(roles)
+        except Exception as error:  # a template may raise whatever it likes at turns it does not know
+            shown = ", ".join(roles[:_MAX_SHOWN_TURNS])
+            message = f"this model's chat template takes no conversation of {shown} ({type(error).__name__})"
+            raise InvalidRequest(message, field="messages", code="messages_not_allowed") from None
+
+    def _roles(self, conversation: Conversation) -> tuple[Role, ...]:
+        """Of the turns of a conversation that this model takes. Raises InvalidRequest."""
+        roles = tuple(turn.role for turn in conversation)
+        if not self._framer.takes_conversations:
+            raise InvalidRequest("this model takes a prompt, not messages", field="messages", code="messages_not_allowed")
+        if len(roles) > _MAX_TURNS:
+            raise InvalidRequest(f"a conversation has at most {_MAX_TURNS} turns", field="messages")
+        spoken = roles[1:] if roles[:1] == ("system",) else roles
+        if spoken != ("user", "assistant") * (len(spoken) // 2) + ("user",):
+            raise InvalidRequest("expected turns of user and assistant in turn, the last one the user's", field="messages")
+        if self._config.caption_role == "dialogue" and len(spoken) < len(roles):
+            raise InvalidRequest("the dialogues of this model have no system turn", field="messages")
+        return roles
+
+    def _setting(self, group: Group) -> _Setting:
+        frame, contents = self._contents(group.prompt)
+        field = "prompt" if isinstance(group.prompt, str | None) else "messages"
+        if not all(map(_is_unicode, contents)):
+            raise InvalidRequest(f"the {field} has lone surrogates", field=field, code="invalid_unicode")
+        if any(slot in frame.takes_apart and REASONING_ENDS in text for slot, text in enumerate(contents)):
+            raise InvalidRequest(f"this model's chat template takes a turn apart at {REASONING_ENDS}", field=field, code="prompt_unclear")
+        truncated = False
+        if field == "prompt" and self._config.max_prompt_tokens is not None:
+            text, truncated = self._fit_prompt(contents[0])
+            contents = (text,)
+        filled = [frame.trimmed(slot, text) for slot, text in enumerate((*contents, ""))]
+        place = frame.caption_run
+        return _Setting(
+            frame,
+            contents,
+            self._expand(self._run_ids(frame.runs[:place], filled), group.image),
+            self._run_ids(frame.runs[place + 1 :], filled),
+            truncated,
+        )
+
+    def _run_ids(self, runs: Sequence[tuple[int, ...] | TextRun], filled: Sequence[str]) -> Ids:
+        """Runs that hold no caption."""
+        ids = [
+            np.asarray(
+                self._plain.encode(run.filled(filled), add_special_tokens=False).ids if isinstance(run, TextRun) else run, dtype=np.int64
+            )
+            for run in runs
+        ]
+        return np.concatenate([*ids, np.zeros(0, dtype=np.int64)])
+
+    def _cut_prompt(self, text: str) -> tuple[str, bool]:
+        """The recipe's truncation: encode, cut, decode."""
         ids = self._plain.encode(text, add_special_tokens=False).ids
         limit = self._config.max_prompt_tokens
-        return (text, False) if len(ids) <= limit else (self._plain.decode(ids[:limit]), True)
+        return (text, False) if limit is None or len(ids) <= limit else (self._plain.decode(ids[:limit]), True)
 
-    def _caption_errors(self, prompt: str, captions: Sequence[str]) -> list[ApiError | None]:
+    def _caption_errors(self, setting: _Setting, captions: Sequence[str]) -> list[ApiError | None]:
         valid = [_is_unicode(caption) for caption in captions]
         texts = [caption if fine else "" for caption, fine in zip(captions, valid, strict=True)]
-        lengths = self._lengths(texts, self._config.max_caption_tokens)
-        empty = [self._frame.is_empty and not self.text(prompt, text) for text in texts]
-        return [self._caption_error(*found) for found in zip(range(len(texts)), valid, lengths, empty, strict=True)]
+        limit = self._config.max_caption_tokens
+        lengths = [0] * len(texts) if limit is None else self._lengths(texts, limit)
+        is_bare = len(setting.frame.runs) == 1
+        empty = [is_bare and not setting.text(text) for text in texts]
+        apart = [setting.frame.caption_slot in setting.frame.takes_apart and REASONING_ENDS in text for text in texts]
+        return [self._caption_error(*found) for found in zip(range(len(texts)), valid, lengths, empty, apart, strict=True)]
 
     def _lengths(self, texts: Sequence[str], limit: int) -> list[int]:
         """Tokens of each text by itself; of one that has no room to exceed the limit, an upper bound will do."""
@@ -193,38 +288,72 @@ class Encoder:
             bounds[index] = len(row.ids)
         return bounds
 
-    def _caption_error(self, index: int, valid: bool, length: int, empty: bool) -> ApiError | None:
+    def _caption_error(self, index: int, valid: bool, length: int, empty: bool, apart: bool) -> ApiError | None:
         limit = self._config.max_caption_tokens
         if not valid:
             return ItemRejected("the caption has lone surrogates", code="invalid_unicode", index=index)
-        if length > limit:
+        if limit is not None and length > limit:
             return ItemRejected(f"the caption is longer than {limit} tokens", code="caption_too_long", index=index)
         if empty:
             return ItemRejected("prompt and caption are both empty; there is nothing to score", code="empty_text", index=index)
+        if apart:
+            message = f"this model's chat template takes a turn apart at {REASONING_ENDS}; send what follows it"
+            return ItemRejected(message, code="caption_unclear", index=index)
         return None
 
-    def _template_tokens(self) -> tuple[int, int, int]:
-        """Tokens before the first slot, between the slots and after the last, each with room for a seam; image tokens left out."""
-        frame, template = self._frame, self._template
-        first, second = ("{prompt}", "{caption}") if self._prompt_first else ("{caption}", "{prompt}")
-        head, _, rest = template.partition(first)
-        between, _, after = rest.partition(second)
-        texts = [frame.lead_text + head, between, after + frame.trail_text]
-        lead, middle, trail = (len(row.ids) + _SEAM for row in self._plain.encode_batch(texts, add_special_tokens=False))
-        return len(frame.lead_ids) + lead, middle, trail + len(frame.trail_ids)
+    def _within(self, rows: Sequence[Ids], errors: Sequence[ApiError | None], num_without: int) -> tuple[list[Ids], list[ApiError | None]]:
+        """Rows of at most the model's tokens, and the errors of all captions. Raises InvalidRequest where no caption could fit."""
+        most = self._config.max_tokens
+        if most is None:
+            return list(rows), list(errors)
+        if num_without > most:
+            message = f"image and prompt have {num_without} tokens without a caption, the model takes {most} in all"
+            raise InvalidRequest(message, field="prompt", code="prompt_too_long")
+        kept, found, given = [], list(errors), iter(rows)
+        for index, error in enumerate(errors):
+            if error is not None:
+                continue
+            row = next(given)
+            if len(row) <= most:
+                kept.append(row)
+            else:
+                message = f"the caption with all before it has {len(row)} tokens, the model takes {most}"
+                found[index] = ItemRejected(message, code="caption_too_long", index=index)
+        return kept, found
 
-    def _rows(self, texts: Sequence[str], image: EncodedImage | None) -> tuple[Ids, ...]:
-        frame = self._frame
-        framed = [frame.lead_text + text + frame.trail_text for text in texts]
-        lead = self._expand(frame.lead_ids, image)
-        trail = np.asarray(frame.trail_ids, dtype=np.int64)
-        encoded = self._plain.encode_batch(framed, add_special_tokens=False)
-        return tuple(np.concatenate([lead, np.asarray(row.ids, dtype=np.int64), trail]) for row in encoded)
+    def _template_tokens(self, frame: Frame) -> _Costs:
+        """Tokens of the template before what captions have of their own and of their own, each text with room for its seams."""
+        shared = own = 0
+        slots: tuple[list[int], list[int]] = ([], [])
+        is_own = False
+        for run in frame.runs:
+            for number, part in enumerate(run.parts if isinstance(run, TextRun) else (run,)):
+                count = _SEAM if number else 0
+                is_own = is_own or part == frame.caption_slot
+                if isinstance(part, str):
+                    count += len(self._plain.encode(part, add_special_tokens=False).ids)
+                elif isinstance(part, tuple):
+                    count += len(part)
+                elif part != frame.caption_slot:
+                    slots[is_own].append(part)
+                shared, own = (shared, own + count) if is_own else (shared + count, own)
+        return _Costs(shared, own, tuple(slots[False]), tuple(slots[True]))
 
-    def _expand(self, ids: tuple[int, ...], image: EncodedImage | None) -> Ids:
+    def _rows(self, setting: _Setting, texts: Sequence[str]) -> tuple[Ids, ...]:
+        encoded = self._plain.encode_batch(list(texts), add_special_tokens=False)
+        return tuple(np.concatenate([setting.before, np.asarray(row.ids, dtype=np.int64), setting.behind]) for row in encoded)
+
+    def _expand(self, ids: Ids, image: EncodedImage | None) -> Ids:
         count = image.num_tokens if image else 0
-        lead = np.asarray(ids, dtype=np.int64)
-        return np.repeat(lead, np.where(lead == self._image_token_id, count, 1))
+        return np.repeat(ids, np.where(ids == self._image_token_id, count, 1))
+
+
+def _digest(setting: _Setting, *, is_text: bool) -> bytes:
+    """Of all that captions share. A prompt that is a text has its own digest; anything else is hashed with its frame."""
+    if is_text:
+        return hashlib.sha256(setting.contents[0].encode()).digest()
+    runs = [list(run.parts) if isinstance(run, TextRun) else run for run in setting.frame.runs]
+    return hashlib.sha256(json.dumps([runs, setting.frame.trims, setting.contents]).encode()).digest()
 
 
 def load_encoder(artifact: Artifact) -> Encoder:
@@ -237,9 +366,11 @@ def load_encoder(artifact: Artifact) -> Encoder:
     tokenizer = _read("tokenizer", path, lambda: AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False))
     _check_vocabulary(path, tokenizer, base)
     processor = None if base["image_token_id"] is None else _load_image_processor(path, base)
-    if tokenizer.chat_template is None and artifact.config.caption_role == "user":
+    if tokenizer.chat_template is None and artifact.config.caption_role in ("user", "assistant"):
         raise ArtifactInvalid(f"{path}: no chat template")
-    return _read("chat template", path, lambda: Encoder(artifact.config, tokenizer, processor, base["image_token_id"]))
+    unread = base.get("pad_token_id") if artifact.config.kind in _SEQUENCE_CLASSIFIERS else None
+    image_token = base["image_token_id"]
+    return _read("chat template", path, lambda: Encoder(artifact.config, tokenizer, processor, image_token, unread_id=unread))
 
 
 def num_shared(rows: Sequence[Ids]) -> int:
@@ -286,9 +417,9 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _max_tokens(text: str, limit: int) -> int:
+def _max_tokens(text: str, limit: int | None) -> int:
     """Longer texts are cut or refused."""
-    return min(_most_tokens(text), limit)
+    return _most_tokens(text) if limit is None else min(_most_tokens(text), limit)
 
 
 def _most_tokens(text: str) -> int:
@@ -317,8 +448,9 @@ def _read_base_config(artifact: Artifact) -> dict[str, Any]:
         return config | {"image_token_id": None}
     if not isinstance(config.get("image_token_id"), int):
         raise ArtifactInvalid(f"{path}: no image_token_id; not a vision-language base")
-    if artifact.config.caption_role == "raw":
-        raise ArtifactInvalid(f"{path}: caption_role raw expects a text-only base, found {family}")
+    if artifact.config.caption_role in ("raw", "dialogue"):
+        role = artifact.config.caption_role
+        raise ArtifactInvalid(f"{path}: caption_role {role} expects a text-only base, found {family}")
     return config
 
 
@@ -357,40 +489,3 @@ def _plain_tokenizer(tokenizer: Any) -> Tokenizer:
     plain.no_truncation()
     plain.no_padding()
     return plain
-
-
-def _frame(config: RewardModelConfig, tokenizer: Any, *, with_image: bool) -> tuple[ChatFrame, str]:
-    """What stands around the user text, and the template of that text.
-
-    A raw text has no chat: the ends of its template are its frame, so that an end-of-text token written there is one.
-    """
-    if config.caption_role == "raw":
-        before, slots, after = _partition_slots(config.template)
-        if special := next((token for token in tokenizer.get_added_vocab() if token in slots), None):
-            raise ArtifactInvalid(f"the template has {special} between prompt and caption, where it would be plain text")
-        return _cut_frame(tokenizer, before, after), slots
-    content = [{"type": "image"}, {"type": "text", "text": _SLOT}] if with_image else _SLOT
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=False)
-    if chat.count(_SLOT) != 1:
-        raise ArtifactInvalid("the chat template does not place the user text exactly once")
-    before, _, after = chat.partition(_SLOT)
-    return _cut_frame(tokenizer, before, after), config.template
-
-
-def _partition_slots(template: str) -> tuple[str, str, str]:
-    """A template before its first slot, from there to the end of its last, and after that."""
-    start = min(template.index(slot) for slot in _SLOTS)
-    end = max(template.index(slot) + len(slot) for slot in _SLOTS)
-    return template[:start], template[start:end], template[end:]
-
-
-def _cut_frame(tokenizer: Any, before: str, after: str) -> ChatFrame:
-    special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    cut = max((before.rfind(token) + len(token) for token in special if token in before), default=0)
-    resume = min((after.find(token) for token in special if token in after), default=len(after))
-    return ChatFrame(_ids(tokenizer, before[:cut]), before[cut:], after[:resume], _ids(tokenizer, after[resume:]))
-
-
-def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Template text to ids, special tokens recognised."""
-    return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from app.artifacts import Golden, GoldenItem, recipe_sha256
+from app.artifacts import Golden, GoldenItem, RewardModelConfig, recipe_sha256
 from app.contracts import EncodedGroup, EncodedImage, Group, Ids
 from app.errors import ApiError, ArtifactInvalid
 from app.images import ImageLimits, decode_image
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from app.encoding import Encoder
 
 GOLDEN_TOLERANCE: dict[Literal["float32", "bfloat16"], float] = {"float32": 1e-4, "bfloat16": 0.1}  # of scores that spread by 1 or less
+_QUESTION = "What would you say about this?"
 _MAX_SHARE = 0.01  # of the spread, in float32: where all scores are close, a smaller difference swaps captions
 _MIN_TOLERANCE = 2e-5  # what another machine's float32 may round to
 _TOKENS_A_SENTENCE = 5  # at least: four words or numbers and a stop, which no tokenizer joins
@@ -100,6 +101,11 @@ def tolerance_of(scores: Sequence[float]) -> dict[Literal["float32", "bfloat16"]
     if len(scores) > 1:
         exact = max(_MIN_TOLERANCE, min(exact, _MAX_SHARE * spread))
     return {"float32": exact, "bfloat16": GOLDEN_TOLERANCE["bfloat16"] * scale}
+
+
+def asked_prompt(config: RewardModelConfig) -> str | None:
+    """The model's own prompt, as None, or one to ask a model that has none."""
+    return None if config.default_prompt is not None else _QUESTION
 
 
 def long_prompt(max_prompt_tokens: int) -> str:

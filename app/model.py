@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from app import attention
 from app.adapters import checked_adapter, with_adapter
 from app.artifacts import Artifact, base_sha256, fingerprint
-from app.bases import load_backbone
+from app.bases import load_backbone, read_head_tensors
 from app.encoding import TEXT_ONLY_FAMILIES
 from app.errors import ArtifactInvalid
-from app.heads import LinearHead, load_head
+from app.heads import Head, head_from, load_head
 from app.machine import MappedFiles, forget_pages
 from app.packing import Packed
 from app.varlen import choose, installed
@@ -30,7 +30,7 @@ _COPIED_AT_ONCE = 1 << 22  # values
 class RewardModel(nn.Module):
     """Backbone and head. `forward` runs packed groups, `forward_plain` one caption as the published recipe does."""
 
-    def __init__(self, backbone: Any, head: LinearHead) -> None:
+    def __init__(self, backbone: Any, head: Head) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -51,7 +51,7 @@ class RewardModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.head.linear.weight.device
+        return self.head.device
 
     def forward(self, packed: Packed) -> Tensor:
         """Scores of the packed rows, [rows] float32. Differentiable; positions are passed, no state is kept."""
@@ -124,15 +124,15 @@ def load_model(
     """
     place = torch.device(resolve_device(device))
     number = resolve_dtype(dtype, artifact.config.dtype, place)
-    head = load_head(artifact.head_path, artifact.config.score_head_shape)
-    has_adapter = artifact.config.kind == "lora_head"
+    head = _load_head(artifact)
+    has_adapter = artifact.has_adapter
     base_digest = _checked_base(artifact, checked_adapter(artifact).get("base_model_name_or_path") if has_adapter else None)
     backbone = load_backbone(artifact, getattr(torch, number))
     if has_adapter:
         backbone = with_adapter(backbone, artifact, merge=lora == "merged")
     hidden = backbone.config.get_text_config().hidden_size
-    if head.linear.in_features != hidden:
-        raise ArtifactInvalid(f"{artifact.head_path}: head takes {head.linear.in_features} values, the base gives {hidden}")
+    if head.in_features != hidden:
+        raise ArtifactInvalid(f"{artifact.head_path}: head takes {head.in_features} values, the base gives {hidden}")
     model = RewardModel(backbone, head).eval().requires_grad_(False)
     _refuse_nonfinite(model, artifact)
     if place.type == "cpu" and not leave_mapped:
@@ -193,6 +193,14 @@ def _checked_base(artifact: Artifact, named: Any) -> str:
 
 def _both_hub_ids(*names: Any) -> bool:
     return all(isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")) for name in names)
+
+
+def _load_head(artifact: Artifact) -> Head:
+    config = artifact.config
+    if not artifact.layout.head_prefix:
+        return load_head(artifact.head_path, config.score_head_shape, config.head)
+    where = f"{artifact.head_path}: {artifact.layout.head_prefix}*"
+    return head_from(read_head_tensors(artifact), config.head, config.score_head_shape, where)
 
 
 def _refuse_nonfinite(model: RewardModel, artifact: Artifact) -> None:

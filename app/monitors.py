@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Histogram
 
+from app.contracts import Conversation
 from app.metrics import Metrics
 from app.runs import MAX_SCORE, Run, Runs, Seen
 from app.tallies import Expected, Tally
@@ -70,7 +71,11 @@ class RunMonitors:
         metrics.runs.set_function(self._settled)
 
     def observe(
-        self, run_id: str, captions: Sequence[str], scores: Sequence[float | None], about: tuple[str | None, str | None] | None
+        self,
+        run_id: str,
+        captions: Sequence[str],
+        scores: Sequence[float | None],
+        about: tuple[str | None, str | Conversation | None] | None,
     ) -> None:
         """Some scored captions about one (picture's id, prompt); None where others of them were left out.
 

@@ -13,7 +13,7 @@ from PIL import Image
 from app import startcheck
 from app.artifacts import Artifact, Golden, GoldenItem
 from app.errors import ApiError, ArtifactInvalid
-from app.golden import GoldenCase, GoldenInput, encode_captions, tolerance_of
+from app.golden import GoldenCase, GoldenInput, asked_prompt, encode_captions, tolerance_of
 from app.images import ImageLimits
 from app.metrics import Metrics
 from app.service import GroupRequest, ScoringService
@@ -47,6 +47,7 @@ class SelfTest:
     def __init__(self, artifact: Artifact, dtype: Literal["float32", "bfloat16"], service: ScoringService, metrics: Metrics) -> None:
         self.golden = artifact.golden()
         self.pictures = _pictures(artifact, self.golden) if self.golden else [_probe_picture() if service.takes_images else None]
+        self._config = artifact.config
         self._dtype = dtype
         self._service = service
         self._metrics = metrics
@@ -56,7 +57,7 @@ class SelfTest:
     @property
     def asked(self) -> Sequence[GoldenItem | GoldenInput]:
         """What is scored: the golden items, or the probe."""
-        return self.golden.items if self.golden else [GoldenInput(None, _PROBE_CAPTIONS)]
+        return self.golden.items if self.golden else [GoldenInput(None, _PROBE_CAPTIONS, asked_prompt(self._config))]
 
     @property
     def tolerance(self) -> float:

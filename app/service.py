@@ -17,7 +17,7 @@ import numpy as np
 from app.admission import Admission, Reservation
 from app.batching import Batcher
 from app.caches import Audit, ByteBoundedCache
-from app.contracts import EncodedGroup, EncodedImage, Explanation, Group, GroupEncoder, Job
+from app.contracts import Conversation, EncodedGroup, EncodedImage, Explanation, Group, GroupEncoder, Job
 from app.errors import (
     ApiError,
     DeadlineExceeded,
@@ -49,7 +49,7 @@ class GroupRequest:
 
     captions: tuple[str, ...]
     image: bytes | str | None = None
-    prompt: str | None = None
+    prompt: str | Conversation | None = None
     field: str = ""  # where it stands in the request, "groups[2]"; names the fault in errors
     caption_fields: tuple[str, ...] = ()  # where each caption stands; empty: in `captions` of the field
     is_part: bool = False  # others of its group were left out, so that it is none that came alone
@@ -297,7 +297,7 @@ class ScoringService:
             explanation = self._encoder.explain([group]) if explain and group else None
             return _Prepared(pieces, places, num_repeated, tuple(errors), image.image_id if image else None, explanation)
 
-    def _check_prompt(self, prompt: str | None) -> None:
+    def _check_prompt(self, prompt: str | Conversation | None) -> None:
         if prompt is not None and self._config.prompt_policy == "fixed" and prompt != self._config.default_prompt:
             raise InvalidRequest("this model was trained with one fixed prompt; leave it out", field="prompt", code="prompt_not_allowed")
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageFile
 from app.artifacts import Golden, GoldenItem, RewardModelConfig, recipe_sha256
 from app.batching import Batcher
 from app.contracts import EncodedGroup, Group, GroupEncoder, RgbImage
-from app.golden import GoldenCase, GoldenInput, ids_sha256, pixel_libraries, pixels_sha256
+from app.golden import GoldenCase, GoldenInput, asked_prompt, ids_sha256, pixel_libraries, pixels_sha256
 from app.preference import probability
 from app.settings import MAX_PIXELS
 
@@ -185,7 +185,7 @@ def specials(encoder: Encoder) -> Finding:
     """Captions that spell control tokens become ordinary text: as many control ids in their rows as in any other's, images included."""
     texts, control = sorted(encoder.special_tokens), list(encoder.special_tokens.values())
     image = encoder.encode_image(_blank()) if encoder.takes_images else None
-    group, errors = encoder.encode(Group((_ORDINARY, *texts), None, image))
+    group, errors = encoder.encode(Group((_ORDINARY, *texts), asked_prompt(encoder.config), image))
     spelt = [text for text, error in zip((_ORDINARY, *texts), errors, strict=True) if error is None]
     if group is None or spelt[:1] != [_ORDINARY]:
         return Finding("C12 special", False, "not even an ordinary caption can be encoded")

@@ -17,21 +17,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageFile
 from torch import nn
 
-from app.artifacts import CONFIG_NAME, RewardModelConfig, open_artifact, write_config
+from app.artifacts import CONFIG_NAME, HeadSpec, RewardModelConfig, open_artifact, write_config
 from app.converting import GoldenInput, convert
 from app.encoding import load_encoder
 from app.errors import StartRefused
 from app.main import started
 from app.model import RewardModel, load_model
 from app.settings import Settings
-from tests.tiny import HIDDEN, copy_artifact, edit_json, edit_tensors, picture, write_published
+from tests.tiny import HIDDEN, copy_artifact, edit_json, edit_tensors, give_head, picture, write_published
 
 CAPTIONS = ("the penguin", "an iceberg", "nobody told the octopus", "the penguin brought an umbrella to the office", "casual Friday", "")
 _ADAPTER, _ADAPTER_CONFIG = "backbone_adapter/adapter_model.safetensors", "backbone_adapter/adapter_config.json"
@@ -50,9 +50,11 @@ class Planted:
     rehash: bool = True
 
 
-def make_artifact(folder: Path) -> Path:
+def make_artifact(folder: Path, head: HeadSpec | None = None) -> Path:
     """A random tiny model in the published layout, converted: with golden pictures, one of which its EXIF turns."""
     published = write_published(folder / "published")
+    if head is not None:
+        give_head(published, head)
     edit_json(published / CONFIG_NAME, image={"exif_transpose": True})
     (folder / "upright.png").write_bytes(picture(300, 200))
     (folder / "turned.jpg").write_bytes(picture(200, 300, seed=1, kind="JPEG"))
@@ -124,6 +126,19 @@ def _adapter(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[P
 
 def _head(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], object]:
     return lambda root: edit_tensors(root / _HEAD, lambda tensors: tensors.update(weight=change(tensors["weight"]).contiguous()))
+
+
+def _head_as(root: Path, **changes: Any) -> None:
+    edit_json(root / CONFIG_NAME, head=TWO_LAYERS.model_copy(update=changes).model_dump())
+
+
+def _without_bias(root: Path) -> None:
+    edit_tensors(root / _HEAD, lambda tensors: [tensors.pop(name) for name in ("0.bias", "2.bias")])
+    _head_as(root, bias=False)
+
+
+def _swapped_layers(tensors: dict[str, torch.Tensor]) -> None:
+    tensors |= {name.translate(str.maketrans("02", "20")): tensor for name, tensor in tensors.items()}
 
 
 def _config(**changes: Any) -> Callable[[Path], object]:
@@ -233,10 +248,15 @@ def scoring(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[RewardM
 class _Changed(nn.Module):
     def __init__(self, inner: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.inner, self.linear, self.change = inner, inner.linear, change
+        self.inner, self.device, self.change = inner, inner.device, change
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.change(self.inner(hidden))
+
+
+def _activated_first(model: RewardModel) -> None:
+    first, activation, last = cast(nn.Sequential, model.head.stack)
+    model.head.layers = nn.Sequential(activation, first, last).eval()
 
 
 def _calls(count: list[int]) -> int:
@@ -307,6 +327,25 @@ PLANTED: dict[str, Planted] = {
 }
 
 
+TWO_LAYERS = HeadSpec(layers="two_layer", width=24, bias=True)
+PLANTED_IN_TWO_LAYERS: dict[str, Planted] = {  # of an artifact with such a head
+    "another activation than in training": Planted("D15 scores", lambda root: _head_as(root, activation="gelu")),
+    "bias dropped": Planted("D15 scores", _without_bias),
+    "last bias dropped": Planted("D15 scores", lambda root: edit_tensors(root / _HEAD, lambda tensors: tensors["2.bias"].zero_())),
+    "first bias dropped": Planted("D15 scores", lambda root: edit_tensors(root / _HEAD, lambda tensors: tensors["0.bias"].zero_())),
+    "bias not mentioned": Planted("expected the tensors", lambda root: _head_as(root, bias=False)),
+    "head not mentioned": Planted("expected the one tensor 'weight'", lambda root: edit_json(root / CONFIG_NAME, without=("head",))),
+    "layers swapped": Planted("expected 0.weight", lambda root: edit_tensors(root / _HEAD, _swapped_layers)),
+    "layers in another order": Planted("D15 scores", in_memory=_activated_first),
+    "first layer of another run": Planted(
+        "D15 scores", lambda root: edit_tensors(root / _HEAD, lambda tensors: tensors["0.weight"].normal_(std=0.1))
+    ),
+    "sign of the last layer flipped": Planted(
+        "D15 scores", lambda root: edit_tensors(root / _HEAD, lambda tensors: tensors["2.weight"].neg_())
+    ),
+}
+
+
 def _flip_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -326,18 +365,19 @@ async def _table() -> int:
     from rich.table import Table
 
     table, num_ready = Table("fault", "caught by", title_justify="left"), 0
-    with tempfile.TemporaryDirectory() as name:
-        artifact = make_artifact(Path(name))
-        if await refusal(artifact, Path(name) / "control", Planted("nothing")) is not None:
-            raise RuntimeError("the untouched artifact is refused")
-        for number, (fault, planted) in enumerate(PLANTED.items()):
-            line = await refusal(artifact, Path(name) / str(number), planted)
-            num_ready += line is None
-            table.add_row(fault, "REACHED READY" if line is None else check_of(line)[:90])
+    for head, faults in ((None, PLANTED), (TWO_LAYERS, PLANTED_IN_TWO_LAYERS)):
+        with tempfile.TemporaryDirectory() as name:
+            artifact = make_artifact(Path(name), head)
+            if await refusal(artifact, Path(name) / "control", Planted("nothing")) is not None:
+                raise RuntimeError("the untouched artifact is refused")
+            for number, (fault, planted) in enumerate(faults.items()):
+                line = await refusal(artifact, Path(name) / str(number), planted)
+                num_ready += line is None
+                table.add_row(fault, "REACHED READY" if line is None else check_of(line)[:90])
     Console(width=150).print(table)
-    print(
-        f"reached ready: {num_ready} of {len(PLANTED)} planted faults (hidden size {HIDDEN}, 2 layers, float32); the untouched model: ready"
-    )
+    num_faults = len(PLANTED) + len(PLANTED_IN_TWO_LAYERS)
+    sizes = f"hidden size {HIDDEN}, 2 layers, float32"
+    print(f"reached ready: {num_ready} of {num_faults} planted faults ({sizes}); the untouched models: ready")
     return num_ready
 
 

@@ -40,8 +40,9 @@ BENCH = (
 # Lowest first. A module imports only from modules that stand before it; imports for type checking and inside functions count too.
 TABLE = (
     ("errors", "settings", "contracts", "metrics"),
-    ("planning", "caches", "reuse", "budgets", "machine", "preference", "tallies", "joining", "runs", "images", "artifacts"),
+    ("planning", "caches", "reuse", "budgets", "machine", "preference", "tallies", "joining", "runs", "images", "layouts", "artifacts"),
     (
+        "framing",
         "encoding",
         "faults",
         "transfer",
@@ -108,13 +109,14 @@ TABLE = (
         "client.swift.punchline_reward",
     ),
     BENCH,
-    ("converting", "remote", "cli"),
+    ("converting", "inspecting", "remote", "cli"),
 )
 ORDER = {"app": 0} | {f"app.{name}": place for place, name in enumerate((name for row in TABLE for name in row), start=1)}
 HEAVY = {"torch", "transformers", "peft"}
 MAY_LOAD_HEAVY = {
     f"app.{name}"
     for name in (
+        "framing",
         "encoding",
         "faults",
         "transfer",
@@ -131,7 +133,7 @@ MAY_LOAD_HEAVY = {
         "engine",
         "scoring",
     )
-} | {"app.main", "app.converting", "app.geometry", "app.hardware", *(f"app.{name}" for name in BENCH)}
+} | {"app.main", "app.converting", "app.inspecting", "app.geometry", "app.hardware", *(f"app.{name}" for name in BENCH)}
 MAY_LOAD_HEAVY_LATE = {"app.cli"}
 LOADS_HEAVY_BY_IMPORT = MAY_LOAD_HEAVY | {"app.serving"}
 TRAINING_MAY_IMPORT = {
@@ -140,6 +142,7 @@ TRAINING_MAY_IMPORT = {
         "contracts",
         "errors",
         "images",
+        "layouts",
         "artifacts",
         "encoding",
         "attention",

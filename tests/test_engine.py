@@ -457,7 +457,7 @@ class Hungry(nn.Module):
 
     def __init__(self, head: nn.Module, fail: Callable[[], object]) -> None:
         super().__init__()
-        self.linear = head.linear
+        self.device = head.device
         self.fail = fail
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -666,7 +666,7 @@ def test_a_beginning_that_gave_no_finite_score_is_not_kept(worlds: Worlds) -> No
     here = worlds("vision")
     (group,) = here.groups([(0, ("x",), None)])
     scorer = reusing(here.engine, lead_ids=here.encoder.lead_ids)
-    weight = here.model.head.linear.weight
+    weight = here.model.head.last.weight
     kept = weight.clone()
     weight.fill_(torch.nan)
     try:

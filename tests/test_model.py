@@ -113,7 +113,7 @@ def test_bfloat16_shared_and_plain_agree_to_its_precision(artifact: Artifact, gr
     assert np.abs(shared - plain).max() <= 2e-2
     assert np.abs(shared - exact).max() <= 6e-2
     assert {parameter.dtype for parameter in model.backbone.parameters()} == {torch.bfloat16}
-    assert model.head.linear.weight.dtype == torch.float32
+    assert model.head.last.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
@@ -635,4 +635,4 @@ def test_devices_and_number_formats() -> None:
 
 def test_the_head_is_outside_autocast(loaded: LoadedModel) -> None:
     assert isinstance(loaded.model.head, LinearHead)
-    assert loaded.model.head.linear.weight.dtype == torch.float32
+    assert loaded.model.head.last.weight.dtype == torch.float32

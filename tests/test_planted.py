@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from app.errors import DeviceBroken
-from tests.planted import PLANTED, Planted, make_artifact, refusal, scoring
+from tests.planted import PLANTED, PLANTED_IN_TWO_LAYERS, TWO_LAYERS, Planted, make_artifact, refusal, scoring
 
 pytestmark = pytest.mark.anyio
 
@@ -28,6 +28,22 @@ async def test_a_planted_fault_is_refused(artifact: Path, tmp_path: Path, name: 
     line = await refusal(artifact, tmp_path, PLANTED[name])
     assert line is not None, "it became ready"
     assert PLANTED[name].expected in line
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_artifact(tmp_path_factory.mktemp("two_layers"), TWO_LAYERS)
+
+
+async def test_the_untouched_two_layer_head_becomes_ready(two_layers: Path, tmp_path: Path) -> None:
+    assert await refusal(two_layers, tmp_path, Planted("nothing")) is None
+
+
+@pytest.mark.parametrize("name", PLANTED_IN_TWO_LAYERS)
+async def test_a_fault_planted_in_a_two_layer_head_is_refused(two_layers: Path, tmp_path: Path, name: str) -> None:
+    line = await refusal(two_layers, tmp_path, PLANTED_IN_TWO_LAYERS[name])
+    assert line is not None, "it became ready"
+    assert PLANTED_IN_TWO_LAYERS[name].expected in line
 
 
 async def test_a_device_that_breaks_during_the_start_is_no_fault_of_the_model(artifact: Path, tmp_path: Path) -> None:

@@ -268,18 +268,12 @@ REFUSED: dict[str, tuple[Kind, Role, Callable[[Path], object], str]] = {
         r"backbone_adapter/adapter_config\.json: missing",
     ),
     "another kind": ("full_head", "user", config(kind="head"), "kind: .*found 'head'"),
-    "another role": ("full_head", "user", config(caption_role="assistant"), "caption_role: .*found 'assistant'"),
+    "another role": ("full_head", "user", config(caption_role="tool"), "caption_role: .*found 'tool'"),
     "a chat model without a chat template": (
         "lora_head",
         "user",
         lambda root: ((root / "processor/chat_template.jinja").unlink(), config(files={})(root)),
         "processor: no chat template",
-    ),
-    "a special token between raw slots": (
-        "lora_head",
-        "raw",
-        config(template="{prompt}<|im_end|>{caption}"),
-        r"processor: the template has <\|im_end\|> between prompt and caption",
     ),
     "a tokenizer of another base": (
         "lora_head",

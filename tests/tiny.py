@@ -30,9 +30,10 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from app.artifacts import RewardModelConfig, open_artifact, write_config
+from app.artifacts import HeadSpec, RewardModelConfig, open_artifact, write_config
 from app.contracts import EncodedGroup, Group
 from app.encoding import Encoder, load_encoder
+from app.heads import new_head, save_head
 from app.images import ImageLimits, decode_image
 from app.model import LoadedModel, load_model
 from training.demo.tokenizer import ImageSizes, save_processor, train_tokenizer
@@ -69,6 +70,17 @@ def write_published(root: Path, *, seed: int = 0, lora_targets: str = "all-linea
     config = {"base_model_name": str(base), "score_head_shape": [1, HIDDEN]}
     (artifact / "reward_model_config.json").write_text(json.dumps(config))
     return artifact
+
+
+def give_head(artifact: Path, spec: HeadSpec, *, seed: int = 0) -> None:
+    """Another random head in place of the artifact's: the file as the library would save it, and what the configuration says of it."""
+    torch.manual_seed(seed)
+    head = new_head(spec, HIDDEN)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=HIDDEN**-0.5)
+    (artifact / "reward_head.pt").unlink(missing_ok=True)
+    save_head(head, artifact / "reward_head.safetensors")
+    edit_json(artifact / "reward_model_config.json", head=spec.model_dump(), files={})
 
 
 def write_adapter(artifact: Path, backbone: Any, targets: str = "all-linear") -> None:

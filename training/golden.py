@@ -145,7 +145,8 @@ def _prompts(encoder: Encoder, own: str | None) -> tuple[str | None, str | None,
     """The default prompt, one of the pairs' own, and one over the budget; all the default where the model allows no other."""
     if encoder.config.prompt_policy == "fixed":
         return None, None, None
-    return None, own, long_prompt(encoder.config.max_prompt_tokens)
+    limit = encoder.config.max_prompt_tokens
+    return None, own, None if limit is None else long_prompt(limit)
 
 
 def _own_prompt(pairs: Iterable[Pair]) -> str | None:

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pydantic import TypeAdapter, ValidationError
 
-from app.artifacts import RewardModelConfig
+from app.artifacts import HeadSpec, RewardModelConfig
 from app.errors import StartRefused
 from training.golden import Proof
 from training.plots import plot_best_of, plot_buckets, plot_calibration, plot_contests, plot_margins
@@ -146,6 +146,12 @@ def _what(config: RewardModelConfig) -> str:
         "A reward model that gives every caption of a prompt, and of an image where it takes one, a single number. Only differences of "
         f"its scores mean anything: P(a preferred to b) = sigmoid({margin}).",
     ]
+    if config.head.layers == "two_layer":
+        lines.append(
+            f"Its head has two layers with {config.head.width:,} values and {config.head.activation} between them{_biases(config.head)}."
+        )
+    elif config.head.bias:
+        lines.append(f"Its head is one linear layer{_biases(config.head)}.")
     if temperature == 1:
         lines.append("It is not calibrated: no temperature was fitted to its margins, so that probability may be far off.")
     if config.score_distribution is not None:
@@ -155,6 +161,10 @@ def _what(config: RewardModelConfig) -> str:
             f"with a standard deviation of {spread.std:.4g}."
         )
     return " ".join(lines)
+
+
+def _biases(head: HeadSpec) -> str:
+    return ", with biases, the last of which moves all scores alike" if head.bias else ""
 
 
 def _serving(facts: CardFacts) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from app.artifacts import DEFAULT_PROMPT, TEMPLATE, ImageRecipe
+from app.artifacts import DEFAULT_PROMPT, TEMPLATE, HeadSpec, ImageRecipe
 from app.errors import StartRefused
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -125,6 +125,7 @@ class Recipe(_Strict):
     """Everything that shapes a run except where data and output lie. Without `lora` every weight of the base is trained."""
 
     model: Model
+    head: HeadSpec = HeadSpec()
     lora: Lora | None = None
     data: Data = Data()
     loss: Loss = Loss()

@@ -17,11 +17,12 @@ from typing import Any, Literal, Protocol
 
 import httpx
 
-from app.artifacts import ADAPTER_WEIGHTS_NAME, Artifact, base_sha256, file_sha256, open_artifact
+from app.artifacts import Artifact, base_sha256, file_sha256, open_artifact
 from app.contracts import EncodedGroup, EncodedImage, Group
 from app.encoding import Encoder, load_encoder
 from app.errors import ApiError, ImageRejected, NonfiniteScore, RequestError
 from app.images import ImageLimits, decode_image
+from app.layouts import ADAPTER_WEIGHTS_NAME
 from app.model import RewardModel, load_model
 from app.scoring import score_shared
 
@@ -75,7 +76,7 @@ class Target:
     fingerprint: str
     dtype: str
     device: str
-    default_prompt: str
+    default_prompt: str | None  # None: every group brings its own
     fixed_prompt: bool  # no other prompt than the default one is allowed
     temperature: float  # of the artifact's calibration
     takes_images: bool | None  # None: the server says so when it is asked
@@ -206,7 +207,7 @@ def open_local(
 
 def weights_sha256(artifact: Artifact) -> str:
     """One SHA-256 over the weights that score: head, adapter where there is one, base. Two exports of a checkpoint share it."""
-    adapter = [artifact.adapter_path / ADAPTER_WEIGHTS_NAME] if artifact.config.kind == "lora_head" else []
+    adapter = [artifact.adapter_path / ADAPTER_WEIGHTS_NAME] if artifact.has_adapter else []
     digests = [file_sha256(path) for path in (artifact.head_path, *adapter)]
     base = artifact.config.base_model_sha256 or base_sha256(artifact.base_path)  # checked when the model is loaded
     return hashlib.sha256(" ".join([*digests, base]).encode()).hexdigest()
@@ -365,7 +366,7 @@ def _target(url: str, card: dict[str, Any]) -> Target:
         fingerprint=_matching(_FINGERPRINT, model["fingerprint"]),
         dtype=_matching(_DTYPE, runtime["dtype"]),
         device=_matching(_DEVICE, runtime["device"]),
-        default_prompt=str(model["default_prompt"]),
+        default_prompt=model["default_prompt"],
         fixed_prompt=model["prompt_policy"] == "fixed",
         temperature=_positive(model["calibration"]["temperature"]),
         takes_images=None,

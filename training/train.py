@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, set_seed
+from pydantic import ValidationError
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
@@ -48,7 +49,7 @@ def main(
     changes: Annotated[list[str] | None, typer.Option("--set", help="Change a value: optimiser.learning_rate=1e-4. Repeatable.")] = None,
     trackers: Annotated[str, typer.Option(help="auto (TensorBoard, and W&B where installed), none, or names.")] = "auto",
 ) -> None:
-    """Train LoRA and a scalar head on preference pairs."""
+    """Train LoRA and a head on preference pairs."""
     logging.basicConfig(format="%(name)s: %(message)s")
     console = Console(stderr=True)
     try:
@@ -227,8 +228,17 @@ def refuse_changes(path: Path, description: dict[str, Any]) -> None:
         found = dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise TrainingFailed(f"{path}: cannot be read ({type(error).__name__})") from None
+    found["recipe"] = with_newer_keys(found.get("recipe"))
     if different := sorted(key for key in description if found.get(key) != description[key]):
         raise TrainingFailed(f"{path}: another run: {', '.join(different)} changed since it began")
+
+
+def with_newer_keys(recipe: Any) -> Any:
+    """A recipe on disk with the keys that came after it at their defaults; what is no recipe stays what it is."""
+    try:
+        return Recipe.model_validate_json(json.dumps(recipe)).model_dump(mode="json")
+    except ValidationError:
+        return recipe
 
 
 def enter_run(run: Path, description: dict[str, Any], training: Training, accelerator: Accelerator) -> int:

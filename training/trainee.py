@@ -1,4 +1,4 @@
-"""What a recipe trains: a base with LoRA (or all its weights) and a head of zeros, and the encoder that will serve it."""
+"""What a recipe trains: a base with LoRA (or all its weights) and a head that scores zero, and the encoder that will serve it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from app.artifacts import PROCESSOR_NAME, Artifact, RewardModelConfig, find_base
 from app.bases import load_backbone, read_base_config
 from app.encoding import Encoder, load_encoder
 from app.errors import ArtifactInvalid
-from app.heads import LinearHead
+from app.heads import Head, new_head
 from app.model import RewardModel
 from training.recipe import Lora, Model, Recipe, RecipeInvalid, Regularisation
 
@@ -54,8 +54,8 @@ def make_trainee(recipe: Recipe, run: Path) -> Trainee:
     encoder = load_encoder(artifact)
     backbone = load_backbone(artifact, getattr(torch, recipe.model.dtype))
     peft = None if recipe.lora is None else add_lora(backbone, recipe.lora)
-    model = RewardModel(backbone if peft is None else peft.get_base_model(), LinearHead(config.score_head_shape[1]))
-    model.head.requires_grad_(True)
+    head = trainable_head(recipe, config.score_head_shape[1])
+    model = RewardModel(backbone if peft is None else peft.get_base_model(), head)
     drop_embeddings(model.backbone.get_input_embeddings(), recipe.regularisation)
     if recipe.run.gradient_checkpointing:
         model.backbone.activation_checkpointing_enable({"use_reentrant": False})
@@ -72,6 +72,17 @@ def add_lora(backbone: Any, lora: Lora) -> PeftModel:
             return get_peft_model(backbone, config)
         except ValueError as error:
             raise RecipeInvalid(f"lora.targets: {str(error).splitlines()[0]}") from None
+
+
+def trainable_head(recipe: Recipe, hidden_size: int) -> Head:
+    """A new head; the bias of its last layer stays 0 unless the loss has centring, the only part of it that sees a constant.
+
+    In a difference of two scores it cancels: its gradient would be what rounding leaves, which Adam scales up to whole steps.
+    """
+    head = new_head(recipe.head, hidden_size).requires_grad_(True)
+    if head.last.bias is not None and not recipe.loss.centring:
+        head.last.bias.requires_grad_(False)
+    return head
 
 
 def drop_embeddings(layer: nn.Module, wanted: Regularisation) -> None:
@@ -93,6 +104,7 @@ def describe(recipe: Recipe, base_path: Path) -> RewardModelConfig:
     return RewardModelConfig(
         base_model_name=model.base if recipe.lora else OWN_BASE,
         score_head_shape=(1, read_base_config(base_path).get_text_config().hidden_size),
+        head=recipe.head,
         kind="lora_head" if recipe.lora else "full_head",
         base_model_revision=model.revision if recipe.lora else None,
         template=model.template,

@@ -12,7 +12,8 @@ from starlette.requests import Request
 
 from app.api.bodies import BodyLimits, Part, media_type, parse_json, parse_multipart, read_body
 from app.api.middleware import exchange_of
-from app.api.schemas import RUN_ID, Options, Strict
+from app.api.schemas import CAPTION_NAMES, RUN_ID, Options, Strict
+from app.contracts import Conversation, Turn
 from app.errors import (
     CaptionTooLarge,
     FingerprintMismatch,
@@ -30,7 +31,7 @@ _Read = TypeVar("_Read")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 _RUN_ID = re.compile(RUN_ID.strip("^$"))
 _REPEATED = {"caption": "captions"}
-_JSON_ONLY = {"captions", "groups"}
+_JSON_ONLY = {*CAPTION_NAMES, "groups", "messages"}
 _OTHER_PARTS = 16  # of a form, beside its captions
 _INTEGERS = {"timeout_ms"}
 _BOOLEANS = {"explain"}
@@ -120,10 +121,14 @@ def _part_names(model: type[Strict]) -> set[str]:
 def group_request(group: Any, captions: Sequence[str], image: bytes | None, field: str, settings: Settings) -> GroupRequest:
     """The service's form of one group, its texts within their byte limits."""
     where = f"{field}." if field else ""
+    prompt: str | Conversation | None = group.prompt
     check_prompt_size(group.prompt, f"{where}prompt", settings)
+    if group.messages is not None:
+        prompt = tuple(Turn(message.role, message.content) for message in group.messages)
+        check_prompt_size("".join(turn.content for turn in prompt), f"{where}messages", settings)
     for index, caption in enumerate(captions):
         check_caption_size(caption, f"{where}captions[{index}]", settings, index)
-    return GroupRequest(tuple(captions), image=group.image if image is None else image, prompt=group.prompt, field=field)
+    return GroupRequest(tuple(captions), image=group.image if image is None else image, prompt=prompt, field=field)
 
 
 def check_prompt_size(prompt: str | None, field: str, settings: Settings) -> None:
@@ -218,7 +223,7 @@ def _check_counts(data: Any, settings: Settings) -> None:
     groups = groups if isinstance(groups, list) else []
     if len(groups) > settings.max_groups:
         raise TooManyItems(f"at most {settings.max_groups} groups a request", field="groups")
-    lists = [data.get("captions"), *(group.get("captions") for group in groups if isinstance(group, dict))]
+    lists = [group.get(name) for group in (data, *groups) if isinstance(group, dict) for name in CAPTION_NAMES]
     if sum(len(captions) for captions in lists if isinstance(captions, list)) > settings.max_captions:
         raise TooManyItems(f"at most {settings.max_captions} captions a request", field="captions")
 

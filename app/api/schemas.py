@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 IMAGE_EXAMPLE = "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
@@ -27,6 +27,28 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class Message(Strict):
+    """A turn of the conversation that captions answer."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+Messages = Annotated[
+    list[Message] | None,
+    Field(min_length=1, description="In place of prompt, of a model whose captions are answers: the conversation, the user's turn last."),
+]
+CAPTION_NAMES = ("captions", "responses")  # what captions may be called: text-only models score responses
+_CAPTIONS = Field(min_length=1, examples=[CAPTIONS_EXAMPLE], description="Or `responses`.", validation_alias=AliasChoices(*CAPTION_NAMES))
+Captions = Annotated[list[Text], _CAPTIONS]
+SomeCaptions = Annotated[list[Text] | None, _CAPTIONS]
+
+
+def _one_prompt(prompt: str | None, messages: list[Message] | None) -> None:
+    if prompt is not None and messages is not None:
+        raise PydanticCustomError("one_prompt", "send either prompt or messages")
+
+
 class Options(Strict):
     """What every scoring request may add."""
 
@@ -45,7 +67,13 @@ class ScoreGroup(Strict):
         None, description="base64, a base64 data: URL, or `sha256:<hex>` of bytes sent before.", examples=[IMAGE_EXAMPLE]
     )
     prompt: Text | None = Field(None, description="The instruction the captions answer; default: the model's own.")
-    captions: list[Text] = Field(min_length=1, examples=[CAPTIONS_EXAMPLE])
+    messages: Messages = None
+    captions: Captions
+
+    @model_validator(mode="after")
+    def _has_one_prompt(self) -> ScoreGroup:
+        _one_prompt(self.prompt, self.messages)
+        return self
 
 
 class ScoreRequest(Options):
@@ -55,7 +83,8 @@ class ScoreRequest(Options):
         None, description="base64, a base64 data: URL, or `sha256:<hex>` of bytes sent before.", examples=[IMAGE_EXAMPLE]
     )
     prompt: Text | None = None
-    captions: list[Text] | None = Field(None, min_length=1, examples=[CAPTIONS_EXAMPLE])
+    messages: Messages = None
+    captions: SomeCaptions = None
     groups: list[ScoreGroup] | None = Field(None, min_length=1)
     on_item_error: Literal["fail", "null"] = Field("fail", description="A caption that cannot be scored fails the request, or is null.")
     explain: bool = Field(False, description="Add the exact chat the model saw, with token counts.")
@@ -64,8 +93,9 @@ class ScoreRequest(Options):
     def _one_form(self) -> ScoreRequest:
         if (self.captions is None) == (self.groups is None):
             raise PydanticCustomError("one_form", "send either captions or groups")
-        if self.groups is not None and (self.image is not None or self.prompt is not None):
-            raise PydanticCustomError("one_form", "image and prompt belong inside each of groups")
+        if self.groups is not None and (self.image, self.prompt, self.messages) != (None, None, None):
+            raise PydanticCustomError("one_form", "image, prompt and messages belong inside each of groups")
+        _one_prompt(self.prompt, self.messages)
         ids = [group.id for group in self.groups or [] if group.id is not None]
         if len(set(ids)) != len(ids):
             raise PydanticCustomError("duplicate_id", "two groups have the same id")
@@ -77,8 +107,14 @@ class CompareRequest(Options):
 
     image: Text | None = Field(None, examples=[IMAGE_EXAMPLE])
     prompt: Text | None = None
+    messages: Messages = None
     a: Text = Field(examples=CAPTIONS_EXAMPLE[:1])
     b: Text = Field(examples=CAPTIONS_EXAMPLE[1:])
+
+    @model_validator(mode="after")
+    def _has_one_prompt(self) -> CompareRequest:
+        _one_prompt(self.prompt, self.messages)
+        return self
 
 
 class RankRequest(Options):
@@ -86,7 +122,13 @@ class RankRequest(Options):
 
     image: Text | None = Field(None, examples=[IMAGE_EXAMPLE])
     prompt: Text | None = None
-    captions: list[Text] = Field(min_length=1, examples=[CAPTIONS_EXAMPLE])
+    messages: Messages = None
+    captions: Captions
+
+    @model_validator(mode="after")
+    def _has_one_prompt(self) -> RankRequest:
+        _one_prompt(self.prompt, self.messages)
+        return self
 
 
 class Answer(BaseModel):

@@ -133,7 +133,7 @@ def test_a_bad_image_stops_with_its_name(encoder: Encoder, loaded: LoadedModel, 
 def test_a_score_that_is_no_number_stops(artifact: Artifact, encoder: Encoder, images: list[Path]) -> None:
     scorer = open_local(str(artifact.root), device="cpu", dtype="float32")
     with torch.no_grad():
-        scorer._model.head.linear.weight.fill_(float("nan"))
+        scorer._model.head.last.weight.fill_(float("nan"))
     with pytest.raises(NonfiniteScore):
         score_items(scorer, [Item(images[0], None, "a")], 16)
 

@@ -23,7 +23,6 @@ from transformers import AutoTokenizer
 
 from app.artifacts import (
     ADAPTER_NAME,
-    ADAPTER_WEIGHTS_NAME,
     HEAD_NAME,
     PROCESSOR_NAME,
     Artifact,
@@ -33,6 +32,7 @@ from app.artifacts import (
 )
 from app.encoding import Encoder, load_encoder
 from app.golden import GoldenInput, long_prompt, make_golden
+from app.layouts import ADAPTER_WEIGHTS_NAME
 from app.model import RewardModel, load_model
 from app.scoring import score_plain
 from training.demo.base import BaseTrainer, Naming, Report, build_base, round_to_bfloat16
