@@ -394,7 +394,8 @@ def positions(row: Ids, image: EncodedImage | None, image_token_id: int | None, 
     """Three-axis rotary positions of one whole sequence: [3, length] (time, height, width).
 
     Text advances all axes by one; an image spans its merged grid and the text after it goes on behind the largest
-    position (Qwen2-VL, arXiv 2409.12191, section 2.1; equal to transformers' `get_rope_index`, which a test checks).
+    position (Qwen2-VL, arXiv 2409.12191, section 2.1). For pictures that is the same in all our families, whose films differ:
+    a test holds it equal to the `get_rope_index` of each in transformers.
     """
     length = len(row)
     if image is None:

@@ -24,7 +24,7 @@ from app.machine import peak_bytes, reset_peak, resident_bytes
 from app.model import RewardModel, own_memory
 from app.reuse import Computed, KeptPrefix, Share
 from app.transfer import Staged, Stager, on_device
-from app.vision import VisionTowerOf, tower_of
+from app.vision import AnyTower, tower_of
 
 TensorShare = Share[Tensor, Tensor]
 _PeakOf: TypeAlias = Callable[[Callable[[], object]], int]
@@ -105,7 +105,7 @@ class Engine:
         two = Decoder(self._text, [self._text.layers[0], self._text.layers[-1]])
         return peak_of(lambda: self._run(self._practice(num_tokens, two), two)) + self._decoder.new_keys_values(1).nbytes * num_tokens
 
-    def _peak_of_picture(self, tower: VisionTowerOf, side: int, peak_of: _PeakOf) -> int:
+    def _peak_of_picture(self, tower: AnyTower, side: int, peak_of: _PeakOf) -> int:
         """Of a square picture, its patches included."""
         grid = (1, side * tower.merge_size, side * tower.merge_size)
         patches = np.ones((math.prod(grid), tower.num_patch_values), dtype=np.float32)

@@ -75,7 +75,7 @@ class VisionTower:
 
         Raises ValueError for a film, and for patches that are not the grid's.
         """
-        _check(patches, grid_thw)
+        _check_picture(patches, grid_thw)
         grid = self._grid(grid_thw)
         hidden = F.linear(patches.to(self._patch_weight.dtype), self._patch_weight)  # [patches, width]
         unit = self.merge_size**2
@@ -146,12 +146,12 @@ class PlainTower:
 
         Raises ValueError for a film, and for patches that are not the grid's.
         """
-        _check(patches, grid_thw)
+        _check_picture(patches, grid_thw)
         found = self._backbone.get_image_features(patches, torch.tensor([grid_thw], device=patches.device))
         return torch.cat([features for (features,) in layers_of(found)], dim=1)
 
 
-VisionTowerOf: TypeAlias = VisionTower | PlainTower
+AnyTower: TypeAlias = VisionTower | PlainTower
 
 
 def has_own_forward(backbone: Any) -> bool:
@@ -159,7 +159,7 @@ def has_own_forward(backbone: Any) -> bool:
     return bool(backbone.config.model_type == _OWN_FAMILY)
 
 
-def tower_of(backbone: Any) -> VisionTowerOf:
+def tower_of(backbone: Any) -> AnyTower:
     return VisionTower(backbone.visual) if has_own_forward(backbone) else PlainTower(backbone)
 
 
@@ -168,7 +168,7 @@ def layers_of(found: Any) -> list[Sequence[Tensor]]:
     return [found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]
 
 
-def _check(patches: Tensor, grid_thw: GridThw) -> None:
+def _check_picture(patches: Tensor, grid_thw: GridThw) -> None:
     if grid_thw[0] != 1 or len(patches) != math.prod(grid_thw):
         raise ValueError(f"expected the patches of one picture of grid {grid_thw}, found {len(patches)}")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from app.artifacts import Artifact, open_artifact
 from app.encoding import Encoder, load_encoder
 from app.model import LoadedModel, load_model
-from tests.tiny import write_published
+from tests.tiny import VisionFamily, write_published
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,6 +33,17 @@ def anyio_backend() -> str:
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a tiny artifact in the published two-key layout. Do not write into it."""
     return write_published(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture(scope="session")
+def published_of(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[VisionFamily], Path]:
+    """By family, the directory of a tiny artifact in the published layout. Do not write into it."""
+
+    @cache
+    def root(family: VisionFamily) -> Path:
+        return published if family == "qwen2_5_vl" else write_published(tmp_path_factory.mktemp(family), family=family)
+
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen3VLConfig
 
 from app.attention import GroupSpan, visibility
 from app.bench.flops import Shapes, padded_flops, plain_flops, shared_flops, vision_flops, window_pairs
@@ -16,6 +17,7 @@ from app.bench.ways import score_padded
 from app.bench.workload import part_of
 from app.contracts import EncodedGroup
 from app.encoding import Encoder
+from app.errors import SettingsInvalid
 from app.geometry import GEOMETRIES, Limits, base_config, write_artifact
 from app.model import LoadedModel
 from app.scoring import score_plain
@@ -155,3 +157,8 @@ def test_a_conversation_by_hand() -> None:
     assert shared_flops(shapes, group, num_known=400) == warm
     assert plain_flops(shapes, group) / cold == pytest.approx(4.2, abs=0.1)
     assert plain_flops(shapes, group) / warm == pytest.approx(7.5, abs=0.1)
+
+
+def test_the_work_of_another_family_that_sees_is_not_guessed() -> None:
+    with pytest.raises(SettingsInvalid, match=r"counts the work of a Qwen2\.5-VL or of a text-only model, this one's base is 'qwen3_vl'"):
+        Shapes.of(Qwen3VLConfig())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +19,14 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from app.artifacts import Artifact, RewardModelConfig, open_artifact
+from app.bases import load_backbone
 from app.contracts import EncodedImage, Group, RgbImage
 from app.encoding import Encoder, load_encoder, num_shared, positions
 from app.errors import ArtifactInvalid, ImageRejected, InvalidRequest
 from app.images import decode_image
 from app.model import LoadedModel
 from app.scoring import score_plain, score_shared
-from tests.tiny import LIMITS, copy_artifact, edit_json, encode, picture
+from tests.tiny import LIMITS, VISION_FAMILIES, VisionFamily, copy_artifact, edit_json, encode, picture
 from training.demo.tokenizer import ImageSizes, save_processor
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -156,6 +160,26 @@ def test_token_counts_of_the_real_processor(artifact: Artifact, tokenizer: objec
     assert [native.image_tokens(*size) for size in sizes] == [315, 441, 6461, 6279]
 
 
+def test_the_published_processor_of_qwen3_vl_is_read(published_of: Callable[[VisionFamily], Path], tmp_path: Path) -> None:
+    """Its file names the class that needs torchvision, and has patches of 16: 448 x 448 pixels become 14 x 14 tokens."""
+    root = copy_artifact(published_of("qwen3_vl"), tmp_path)
+    published = {  # https://huggingface.co/Qwen/Qwen3-VL-4B-Instruct, preprocessor_config.json
+        "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "Qwen3VLProcessor",
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+    }
+    (root / "processor/preprocessor_config.json").write_text(json.dumps(published))
+    encoder = load_encoder(open_artifact(str(root)))
+    image = encoder.encode_image(RgbImage("x", np.full((448, 448, 3), 255, np.uint8)))
+    assert (image.grid_thw, image.num_tokens, image.patches.shape) == ((1, 28, 28), 196, (784, 3 * 2 * 16 * 16))
+    assert np.array_equal(image.patches, np.ones_like(image.patches))  # white is 1 by these means
+
+
 @quick
 @given(
     size=st.tuples(st.integers(16, 900), st.integers(16, 900)),
@@ -227,6 +251,12 @@ def test_a_long_prompt_is_cut_as_in_training_and_reported(
     assert again.key == group.key
 
 
+@pytest.fixture(scope="module")
+def backbones(published_of: Callable[[VisionFamily], Path]) -> dict[VisionFamily, Any]:
+    return {family: load_backbone(open_artifact(str(published_of(family))), torch.float32) for family in VISION_FAMILIES}
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
 @quick
 @given(
     rows=st.integers(1, 40),
@@ -234,13 +264,23 @@ def test_a_long_prompt_is_cut_as_in_training_and_reported(
     before=st.integers(0, 30),
     after=st.integers(1, 60),
 )
-def test_positions_equal_get_rope_index(loaded: LoadedModel, rows: int, columns: int, before: int, after: int) -> None:
-    pad = loaded.model.image_token_id
+def test_positions_equal_get_rope_index(
+    backbones: dict[VisionFamily, Any], family: VisionFamily, rows: int, columns: int, before: int, after: int
+) -> None:
+    backbone = backbones[family]
+    pad = backbone.config.image_token_id
     image = EncodedImage("x", np.zeros((0, 0), np.float32), (1, 2 * rows, 2 * columns), rows * columns)
     row = np.asarray([7] * before + [pad] * image.num_tokens + [9] * after)
     ids = torch.from_numpy(row)[None]
-    expected, _ = loaded.model.backbone.get_rope_index(ids, (ids == pad).int(), torch.tensor([image.grid_thw]))
+    expected, _ = backbone.get_rope_index(ids, (ids == pad).int(), torch.tensor([image.grid_thw]))
     assert np.array_equal(positions(row, image, pad, 2), expected[:, 0].numpy())
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_positions_without_a_picture_equal_get_rope_index(backbones: dict[VisionFamily, Any], family: VisionFamily) -> None:
+    ids = torch.arange(5)[None]
+    expected, _ = backbones[family].get_rope_index(ids, torch.zeros_like(ids).int())
+    assert np.array_equal(positions(ids[0].numpy(), None, backbones[family].config.image_token_id, 2), expected[:, 0].numpy())
 
 
 def test_positions_of_text_alone() -> None:
@@ -343,6 +383,11 @@ PROCESSOR_FAULTS = {
     ),
     "merges of another size": ("processor/preprocessor_config.json", lambda path: edit_json(path, merge_size=1), "expected merge_size 2"),
     "a base without an image token": ("../base/config.json", lambda path: edit_json(path, without=("image_token_id",)), "image_token_id"),
+    "a base of experts": (
+        "../base/config.json",
+        lambda path: edit_json(path, model_type="qwen3_vl_moe"),
+        "expected one of .* found 'qwen3_vl_moe'",
+    ),
     "another image token": ("../base/config.json", lambda path: edit_json(path, image_token_id=5), "exactly one image"),
 }
 

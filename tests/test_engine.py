@@ -220,6 +220,18 @@ def test_kept_keys_and_values_are_those_of_transformers(worlds: Worlds, kind: st
     assert len(kept.layers) == len(prefix.keys_values) == text_config_of(world).num_hidden_layers
 
 
+@each_kind
+def test_both_halves_of_a_head_turn_by_the_same_angles(worlds: Worlds, kind: str) -> None:
+    """What the serving forward keeps of them is one half."""
+    world = worlds(kind)
+    text = world.plain.backbone.language_model if world.plain.takes_images else world.plain.backbone
+    where = torch.arange(30).view(3, 1, 10) if world.plain.takes_images else torch.arange(10)[None]
+    for angles in text.rotary_emb(torch.zeros(1, 10, HIDDEN), where):
+        first, second = angles.chunk(2, dim=-1)
+        assert torch.equal(first, second)
+        assert float(first.std()) > 0.1
+
+
 # A share by itself
 
 

@@ -196,13 +196,14 @@ def test_a_prepacked_model_gives_the_scores_of_the_untouched_one(
 
 
 @each_dtype
+@pytest.mark.parametrize("heads", [(), (3,)])  # of states, or of each head as Qwen3 has it
 @pytest.mark.parametrize("tokens", [0, 1, 33])
-def test_norm_is_that_of_transformers(tokens: int, dtype: torch.dtype) -> None:
+def test_norm_is_that_of_transformers(tokens: int, heads: tuple[int, ...], dtype: torch.dtype) -> None:
     layer = Qwen2_5_VLRMSNorm(48, eps=1e-5).to(dtype).requires_grad_(False)
     layer.weight.normal_()
-    hidden = torch.randn(tokens, 48, dtype=dtype) * 30
+    hidden = torch.randn(tokens, *heads, 48, dtype=dtype) * 30
     found, expected = norm(hidden, layer), layer(hidden)
-    assert found.shape == (tokens, 48)
+    assert found.shape == (tokens, *heads, 48)
     if tokens:
         assert_near(found, expected, dtype, roundings=2)
 

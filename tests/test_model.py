@@ -13,18 +13,32 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, MistralConfig, MistralModel
+from transformers import AutoModel, AutoModelForSequenceClassification, MistralConfig, MistralModel
 
 from app.artifacts import Artifact, base_sha256, open_artifact
-from app.bases import load_backbone
+from app.bases import backbone_name, load_backbone, tensor_names
 from app.contracts import EncodedGroup
-from app.encoding import Encoder
+from app.encoding import FAMILIES, Encoder
 from app.errors import ArtifactInvalid
 from app.heads import LinearHead
 from app.model import LoadedModel, RewardModel, load_model, resolve_device, resolve_dtype
 from app.packing import pack
 from app.scoring import score_plain, score_shared
-from tests.tiny import copy_artifact, edit_json, edit_tensors, encode, write_text_only
+from tests.tiny import (
+    CORPUS,
+    VISION_FAMILIES,
+    TextFamily,
+    VisionFamily,
+    copy_artifact,
+    edit_json,
+    edit_tensors,
+    encode,
+    load_whole,
+    write_base,
+    write_text_base,
+    write_text_only,
+)
+from training.demo.tokenizer import train_tokenizer
 
 CAPTIONS = ["the penguin", "an iceberg, they said", "企鵝 <|im_end|>", "", "the penguin again and again, at length"]
 Tensors = dict[str, torch.Tensor]
@@ -102,14 +116,16 @@ def test_bfloat16_shared_and_plain_agree_to_its_precision(artifact: Artifact, gr
     assert model.head.last.weight.dtype == torch.float32
 
 
-def test_gradients_of_packed_and_plain_are_equal(artifact: Artifact, groups: list[EncodedGroup]) -> None:
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_gradients_of_packed_and_plain_are_equal(published_of: Callable[[VisionFamily], Path], family: VisionFamily) -> None:
     """What training relies on: one packed forward gives every LoRA weight and the head the gradient of separate forwards."""
-    model = load_model(artifact, lora="unmerged").model
+    encoder, loaded = load_whole(published_of(family), lora="unmerged")
+    model, groups = loaded.model, [encode(encoder, (300, 200), 0, CAPTIONS), encode(encoder, (120, 260), 1, CAPTIONS[:2], "Be kind.")]
     trained = {name: each for name, each in model.named_parameters() if "lora_" in name or name.startswith("head.")}
     for parameter in trained.values():
         parameter.requires_grad_(True)
-    packed = gradients(model, trained, packed_scores(model, groups[:2]))
-    plain = gradients(model, trained, plain_scores(model, groups[:2]))
+    packed = gradients(model, trained, packed_scores(model, groups))
+    plain = gradients(model, trained, plain_scores(model, groups))
     assert len(packed) == len(trained) > 40
     for name, gradient in packed.items():
         scale = float(plain[name].abs().max())
@@ -146,8 +162,10 @@ def test_loaded_models_are_frozen_and_in_evaluation(loaded: LoadedModel, unmerge
     assert any("lora" in name for name, _ in unmerged.model.named_parameters())
 
 
-def test_the_vision_tower_keeps_sdpa(loaded: LoadedModel, unmerged: LoadedModel) -> None:
-    for model in (loaded.model, unmerged.model):
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_the_vision_tower_keeps_sdpa(published_of: Callable[[VisionFamily], Path], family: VisionFamily) -> None:
+    for lora in ("merged", "unmerged"):
+        model = load_whole(published_of(family), lora=lora)[1].model
         assert model.backbone.visual.config._attn_implementation == "sdpa"
         assert model.backbone.language_model.config._attn_implementation == "punchline_shared_prefix"
 
@@ -460,6 +478,141 @@ def test_bases_that_may_be_the_same_are_loaded(published: Path, tmp_path: Path, 
     edit_json(root / ADAPTER_CONFIG, base_model_name_or_path=names[0])
     edit_json(root / "reward_model_config.json", base_model_name=names[1], base_model_sha256=base_sha256(tmp_path / "base"))
     assert load_model(open_artifact(str(root), base_model=str(tmp_path / "base"), offline=True)).device == "cpu"
+
+
+# Names on disk, family by family
+
+
+def write_layouts(family: str, folder: Path) -> dict[str, Path]:
+    """The same tiny weights as each class of transformers saves them: whole, the backbone alone, a sequence classifier."""
+    tokenizer = train_tokenizer(CORPUS, 420)
+    if family in VISION_FAMILIES:
+        write_base(folder / "whole", tokenizer, family)  # type: ignore[arg-type]
+    else:
+        write_text_base(folder / "whole", tokenizer, family)  # type: ignore[arg-type]
+        AutoModelForSequenceClassification.from_pretrained(folder / "whole", num_labels=1).save_pretrained(folder / "classifier")
+    AutoModel.from_pretrained(folder / "whole").save_pretrained(folder / "backbone")
+    return {path.name: path for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_have_one_name_whatever_class_saved_them(family: VisionFamily | TextFamily, tmp_path: Path) -> None:
+    """A classifier's own head is no part of the backbone."""
+    layouts = write_layouts(family, tmp_path)
+    names = {layout: {backbone_name(name, family) for name in tensor_names(path / "model.safetensors")} for layout, path in layouts.items()}
+    names.get("classifier", set()).discard("score.weight")
+    expected = {name for name, _ in AutoModel.from_pretrained(layouts["whole"]).named_parameters()}
+    assert all(found == expected for found in names.values())
+    assert len(names) == (2 if family in VISION_FAMILIES else 3)
+
+
+@pytest.mark.parametrize("layout", ["of the whole model since transformers 5", "of the backbone", "before transformers 5"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_a_base_of_another_family_is_read_under_its_published_names(
+    published_of: Callable[[VisionFamily], Path], tmp_path: Path, family: VisionFamily, layout: str
+) -> None:
+    """Qwen3-VL is younger than the new names, so under the old ones it is refused."""
+    expected = load_model(open_artifact(str(published_of(family))))
+    root = copy_artifact(published_of(family), tmp_path)
+    within = {"of the backbone": "", "of the whole model since transformers 5": "model."}
+    old = {"visual.": "visual.", "language_model.": "model."}
+
+    def named(name: str) -> str:
+        name = backbone_name(name, family)
+        part = "visual." if name.startswith("visual.") else "language_model."
+        return within[layout] + name if layout in within else name.replace(part, old[part], 1)
+
+    base(lambda tensors: rename(tensors, named))(root)
+    if layout in within or family == "qwen2_vl":
+        assert_equal_weights(load_model(open_artifact(str(root))), expected)
+        return
+    with pytest.raises(ArtifactInvalid, match=r"base: \d+ missing keys in the base weights, first language_model\."):
+        load_model(open_artifact(str(root)))
+
+
+def vision_config(**changes: object) -> Damage:
+    def damage(root: Path) -> None:
+        path = root / "../base/config.json"
+        edit_json(path, vision_config=json.loads(path.read_bytes())["vision_config"] | changes)
+
+    return damage
+
+
+FAMILY_FAULTS: dict[str, tuple[VisionFamily, Damage, str]] = {
+    "an unexpected weight": ("qwen3_vl", base(lambda tensors: tensors.update({"model.visual.extra": torch.ones(2)})), "1 unexpected keys"),
+    "no norm of the queries": ("qwen3_vl", base(remove("q_norm")), "1 missing keys .*q_norm.weight"),
+    "no merger of DeepStack": ("qwen3_vl", base(remove("deepstack_merger_list.1.norm.weight")), "1 missing keys .*deepstack_merger_list.1"),
+    "a weight under two names": (
+        "qwen3_vl",
+        base(lambda tensors: tensors.update({"visual.pos_embed.weight": torch.ones(36, 48)})),
+        "1 weights under two names, first visual.pos_embed.weight$",
+    ),
+    "a weight under an old name and a new": (
+        "qwen2_vl",
+        base(lambda tensors: tensors.update({"model.visual.merger.ln_q.weight": torch.ones(48)})),
+        "1 weights under two names, first visual.merger.ln_q.weight$",
+    ),
+    "another activation of the tower": (
+        "qwen3_vl",
+        vision_config(hidden_act="silu"),
+        "expected hidden_act 'gelu_pytorch_tanh', found 'silu'",
+    ),
+    "another activation of the older tower": (
+        "qwen2_vl",
+        vision_config(hidden_act="silu"),
+        "expected hidden_act 'quick_gelu', found 'silu'",
+    ),
+    "another activation of the text": ("qwen3_vl", text_config(hidden_act="gelu"), "expected hidden_act 'silu', found 'gelu'"),
+    "sliding windows": (
+        "qwen2_vl",
+        text_config(layer_types=["full_attention", "sliding_attention", "full_attention"]),
+        "expected full attention",
+    ),
+    "sliding windows where there are none": ("qwen3_vl", text_config(layer_types=["sliding_attention"] * 3), "expected full attention"),
+    "experts": ("qwen3_vl", lambda root: edit_json(root / "../base/config.json", model_type="qwen3_vl_moe"), "found 'qwen3_vl_moe'"),
+    "experts of text": ("qwen2_vl", lambda root: edit_json(root / "../base/config.json", model_type="qwen2_moe"), "found 'qwen2_moe'"),
+}
+
+
+@pytest.mark.parametrize("fault", FAMILY_FAULTS)
+def test_what_does_not_fit_another_family_is_refused_in_one_line(
+    published_of: Callable[[VisionFamily], Path], tmp_path: Path, fault: str
+) -> None:
+    family, damage, message = FAMILY_FAULTS[fault]
+    root = copy_artifact(published_of(family), tmp_path)
+    damage(root)
+    with pytest.raises(ArtifactInvalid, match=message) as refusal:
+        load_model(open_artifact(str(root), base_model=str(tmp_path / "base"), offline=True))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("layout", ADAPTER_LAYOUTS)
+def test_an_adapter_of_another_family_is_read_under_its_published_names(
+    published_of: Callable[[VisionFamily], Path], tmp_path: Path, layout: str
+) -> None:
+    expected = load_model(open_artifact(str(published_of("qwen2_vl"))))
+    root = copy_artifact(published_of("qwen2_vl"), tmp_path)
+    adapter(lambda tensors: rename(tensors, ADAPTER_LAYOUTS[layout]))(root)
+    assert_equal_weights(load_model(open_artifact(str(root))), expected)
+
+
+def test_a_qwen3_vl_adapter_of_the_whole_model(published_of: Callable[[VisionFamily], Path], tmp_path: Path) -> None:
+    """Those of DeepStack's mergers included."""
+    expected = load_model(open_artifact(str(published_of("qwen3_vl"))))
+    root = copy_artifact(published_of("qwen3_vl"), tmp_path)
+    assert any("deepstack_merger_list" in name for name in tensor_names(root / ADAPTER))
+    adapter(lambda tensors: rename(tensors, ADAPTER_LAYOUTS["of the whole model since transformers 5"]))(root)
+    assert_equal_weights(load_model(open_artifact(str(root))), expected)
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_a_base_that_was_trained_whole_is_written_so_that_it_is_read_again(
+    published_of: Callable[[VisionFamily], Path], tmp_path: Path, family: VisionFamily
+) -> None:
+    root = str(published_of(family))
+    load_backbone(open_artifact(root), torch.float32).save_pretrained(tmp_path / "again")
+    found = load_model(open_artifact(root, base_model=str(tmp_path / "again"), offline=True))
+    assert_equal_weights(found, load_model(open_artifact(root)))
 
 
 def test_adapters_of_the_language_model_alone(published: Path, tmp_path: Path, encoder: Encoder) -> None:

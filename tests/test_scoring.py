@@ -8,6 +8,8 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from app.images import decode_image
 from app.model import LoadedModel, load_model
 from app.scoring import score_plain, score_shared
 from tests import reference
-from tests.tiny import LIMITS, copy_artifact, edit_json, encode, load_whole, picture
+from tests.tiny import LIMITS, VISION_FAMILIES, VisionFamily, copy_artifact, edit_json, encode, load_whole, picture
 
 WORDS = ["the", "penguin", "umbrella", "office", "is", "it", "about", "an", "iceberg", "nobody", "told"]
 WORDS += ["企鵝", "🐧", "naïve", "<|im_end|>", "cat-like", "\u0301", "{prompt}", "{caption}", "why"]
@@ -55,9 +57,24 @@ def group_arguments(draw: st.DrawFn) -> tuple[tuple[int, int], int, list[str], s
     return size, draw(st.integers(0, 3)), draw(captions()), draw(st.sampled_from(PROMPTS))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(st.lists(group_arguments(), min_size=1, max_size=4))
-def test_shared_equals_plain_on_any_mix(loaded: LoadedModel, encoder: Encoder, arguments: list[tuple]) -> None:
+@pytest.fixture(scope="module")
+def whole_of(published_of: Callable[[VisionFamily], Path]) -> Callable[..., tuple[Encoder, LoadedModel]]:
+    """Of a family, and of its adapter merged or not."""
+
+    @cache
+    def whole(family: VisionFamily, lora: str = "merged") -> tuple[Encoder, LoadedModel]:
+        return load_whole(published_of(family), lora=lora)
+
+    return whole
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(arguments=st.lists(group_arguments(), min_size=1, max_size=4))
+def test_shared_equals_plain_on_any_mix(
+    whole_of: Callable[..., tuple[Encoder, LoadedModel]], family: VisionFamily, arguments: list[tuple]
+) -> None:
+    encoder, loaded = whole_of(family)
     groups = [encode(encoder, *each) for each in fitted(encoder, arguments)]
     shared, plain = score_shared(loaded.model, groups), score_plain(loaded.model, groups)
     found = np.concatenate([scores.values for scores in shared])
@@ -170,6 +187,27 @@ def test_scores_are_those_of_the_published_recipe(
     found = score(model, groups)  # type: ignore[operator]
     for scores, wanted in zip(found, expected.values(), strict=True):
         assert np.abs(np.subtract(scores.values, wanted)).max() <= 1e-4
+        assert np.std(wanted) > 1e-2
+
+
+@pytest.mark.parametrize("lora", ["merged", "unmerged"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_other_families_score_by_the_published_recipe_as_well(
+    published_of: Callable[[VisionFamily], Path],
+    whole_of: Callable[..., tuple[Encoder, LoadedModel]],
+    tmp_path: Path,
+    family: VisionFamily,
+    lora: str,
+) -> None:
+    encoder, loaded = whole_of(family, lora)
+    published = reference.load(published_of(family))
+    for number, prompt in CASES:
+        size, kind, mode = PICTURES[number]
+        (tmp_path / str(number)).write_bytes(picture(*size, number, kind, mode))
+        wanted = published.score(tmp_path / str(number), CAPTIONS, prompt)
+        group = group_of(encoder, number, prompt)
+        for score in (score_plain, score_shared):
+            assert np.abs(np.subtract(score(loaded.model, [group])[0].values, wanted)).max() <= 1e-4 * np.std(wanted)
         assert np.std(wanted) > 1e-2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from app.main import running
 from app.model import LoadedModel, load_model
 from app.serving import attention_ways, describe, warnings
 from app.settings import load_settings
-from tests.tiny import write_text_only
+from tests.tiny import VisionFamily, load_whole, write_text_only
 
 
 def test_answers_are_sent_at_once() -> None:
@@ -64,3 +65,8 @@ async def test_the_card_tells_what_decides_the_last_bits(tmp_path: Path) -> None
 def test_attention_over_text_and_over_pictures_is_told_apart(artifact: Artifact, loaded: LoadedModel) -> None:
     assert attention_ways(loaded.model) == {"text": "cpu", "images": "cpu"}
     assert attention_ways(load_model(artifact).model.double()) == {"text": "plain", "images": "plain"}
+
+
+def test_pictures_that_go_through_transformers_are_said_to(published_of: Callable[[VisionFamily], Path]) -> None:
+    _, loaded = load_whole(published_of("qwen3_vl"))
+    assert attention_ways(loaded.model) == {"text": "cpu", "images": "transformers sdpa"}

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,17 @@ from app.scoring import score_plain, score_shared
 from app.serving import application
 from app.settings import Settings
 from tests.e2e.server import started
-from tests.tiny import copy_artifact, edit_json, edit_tensors, encode_text, load_whole, picture, write_published, write_text_only
+from tests.tiny import (
+    TextFamily,
+    copy_artifact,
+    edit_json,
+    edit_tensors,
+    encode_text,
+    load_whole,
+    picture,
+    write_published,
+    write_text_only,
+)
 
 Kind = Literal["lora_head", "full_head"]
 Role = Literal["user", "raw"]
@@ -40,6 +51,11 @@ command_line = typer.main.get_command(cli)
 WORDS = ["the", "penguin", "umbrella", "office", "is", "iceberg", "企鵝", "🐧", "<|im_end|>", "<|endoftext|>", "{prompt}", "why"]
 CAPTIONS = ["the penguin", "an iceberg, they said", "企鵝 <|im_end|>", "", "the penguin again and again, at length"]
 VARIANTS: list[tuple[Kind, Role]] = [("lora_head", "user"), ("lora_head", "raw"), ("full_head", "user"), ("full_head", "raw")]
+QWEN3: list[tuple[Kind, Role]] = [("lora_head", "raw"), ("full_head", "user")]
+WholeOf = Callable[[TextFamily, Kind, Role], tuple[Path, Encoder, LoadedModel]]
+each_family = pytest.mark.parametrize(
+    ("family", "variant"), [*(("qwen2", each) for each in VARIANTS), *(("qwen3", each) for each in QWEN3)]
+)
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
 
 
@@ -52,6 +68,20 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Kind, Role],
 @pytest.fixture(scope="module")
 def whole(written: dict[tuple[Kind, Role], Path]) -> dict[tuple[Kind, Role], tuple[Encoder, LoadedModel]]:
     return {variant: load_whole(root) for variant, root in written.items()}
+
+
+@pytest.fixture(scope="module")
+def whole_of(written: dict, whole: dict, tmp_path_factory: pytest.TempPathFactory) -> WholeOf:
+    """By family too: the artifact and what a server loads of it."""
+
+    @cache
+    def found(family: TextFamily, kind: Kind, role: Role) -> tuple[Path, Encoder, LoadedModel]:
+        if family == "qwen2":
+            return written[kind, role], *whole[kind, role]
+        root = write_text_only(tmp_path_factory.mktemp(family), kind=kind, caption_role=role, family=family)
+        return root, *load_whole(root)
+
+    return found
 
 
 def copied(root: Path, target: Path) -> Path:
@@ -72,20 +102,20 @@ def values(scores: list[Any]) -> np.ndarray:
     return np.concatenate([each.values for each in scores])
 
 
-@each_variant
+@each_family
 @pytest.mark.parametrize("seed", range(5))
-def test_shared_equals_plain(whole: dict, variant: tuple[Kind, Role], seed: int) -> None:
-    encoder, loaded = whole[variant]
+def test_shared_equals_plain(whole_of: WholeOf, family: TextFamily, variant: tuple[Kind, Role], seed: int) -> None:
+    _, encoder, loaded = whole_of(family, *variant)
     groups = random_groups(encoder, seed)
     found, expected = values(score_shared(loaded.model, groups)), values(score_plain(loaded.model, groups))
     assert np.abs(found - expected).max() <= 1e-5 * expected.std() + 1e-5
     assert len(expected) < 3 or expected.std() > 1e-2
 
 
-@each_variant
-def test_scores_are_those_of_plain_transformers(written: dict, whole: dict, variant: tuple[Kind, Role]) -> None:
+@each_family
+def test_scores_are_those_of_plain_transformers(whole_of: WholeOf, family: TextFamily, variant: tuple[Kind, Role]) -> None:
     """transformers and peft alone: chat template or bare text, the last hidden state, the head."""
-    root, (encoder, loaded) = written[variant], whole[variant]
+    root, encoder, loaded = whole_of(family, *variant)
     tokenizer = AutoTokenizer.from_pretrained(root / "processor")
     backbone = AutoModel.from_pretrained(root / "base", dtype=torch.float32)
     if variant[0] == "lora_head":
@@ -99,13 +129,15 @@ def test_scores_are_those_of_plain_transformers(written: dict, whole: dict, vari
         with torch.inference_mode():
             expected.append(head(backbone(**tokenizer(text, return_tensors="pt")).last_hidden_state[:, -1]).item())
     group = encode_text(encoder, captions, "Be kind. ")
-    assert values(score_shared(loaded.model, [group])) == pytest.approx(expected, abs=1e-5)
+    for score in (score_shared, score_plain):
+        assert values(score(loaded.model, [group])) == pytest.approx(expected, abs=1e-5)
 
 
-def test_gradients_of_packed_and_plain_are_equal(written: dict, whole: dict) -> None:
+@pytest.mark.parametrize(("family", "role"), [("qwen2", "raw"), ("qwen3", "user")])
+def test_gradients_of_packed_and_plain_are_equal(whole_of: WholeOf, family: TextFamily, role: Role) -> None:
     """Every weight of a base that is trained whole."""
-    encoder, _ = whole["full_head", "raw"]
-    model = load_model(open_artifact(str(written["full_head", "raw"]))).model.requires_grad_(True)
+    root, encoder, _ = whole_of(family, "full_head", role)
+    model = load_model(open_artifact(str(root))).model.requires_grad_(True)
     group = encode_text(encoder, CAPTIONS, "Be kind. ")
     packed = pack([group], image_token_id=model.image_token_id, merge_size=model.merge_size, device=model.device)
     plain = torch.cat([model.forward_plain(torch.from_numpy(row)[None], None, None) for row in group.rows])
@@ -263,6 +295,12 @@ REFUSED: dict[str, tuple[Kind, Role, Callable[[Path], object], str]] = {
             config(files={})(root),
         ),
         "base: 1 missing keys in the base weights, first norm.weight",
+    ),
+    "experts": (
+        "lora_head",
+        "user",
+        lambda root: edit_json(root / "base/config.json", model_type="qwen3_moe"),
+        r"base/config\.json: expected one of \(.*'qwen3'\), found 'qwen3_moe'",
     ),
     "sliding windows": (
         "lora_head",

@@ -1,8 +1,11 @@
-"""The vision tower on one picture against transformers' `get_image_features`, and the geometry it keeps."""
+"""The vision tower on one picture against transformers' `get_image_features`, and the geometry ours keeps."""
 
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_position_ids, get_vision_window_index
 
-from app.artifacts import Artifact
+from app.artifacts import Artifact, open_artifact
+from app.bases import load_backbone
 from app.layers import prepack
 from app.model import RewardModel, load_model
-from app.vision import VisionTower, patch_positions, windows_of
+from app.vision import PlainTower, VisionTower, patch_positions, tower_of, windows_of
+from tests.tiny import VISION_FAMILIES, VisionFamily
 
 VALUES = 3 * 2 * 14 * 14
 HEAD_DIM = 12
@@ -168,7 +173,43 @@ def test_positions_by_hand() -> None:
 
 
 @pytest.mark.parametrize("grid", [(2, 6, 10), (1, 4, 4)])
-def test_films_and_patches_of_another_grid_are_refused(artifact: Artifact, grid: tuple[int, int, int]) -> None:
-    model = load_model(artifact, dtype="float32").model
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_films_and_patches_of_another_grid_are_refused(
+    published_of: Callable[[VisionFamily], Path], family: VisionFamily, grid: tuple[int, int, int]
+) -> None:
+    tower = tower_of(load_backbone(open_artifact(str(published_of(family))), torch.float32))
     with pytest.raises(ValueError, match="one picture"):
-        found(model, patches_of((1, 6, 6)), grid)
+        tower.features(torch.zeros(36, tower.num_patch_values), grid)
+
+
+# Towers that we have no forward of
+
+
+PICTURES: list[GridThw] = [(1, 6, 10), (1, 2, 2), (1, 10, 6)]
+
+
+@pytest.mark.parametrize(("family", "num_layers", "side"), [("qwen2_vl", 0, 14), ("qwen3_vl", 2, 16)])
+def test_a_plain_tower_computes_one_picture_as_transformers_computes_several(
+    published_of: Callable[[VisionFamily], Path], family: VisionFamily, num_layers: int, side: int
+) -> None:
+    """With DeepStack the features of its layers stand beside those of the end, in the order of the layers."""
+    backbone = load_backbone(open_artifact(str(published_of(family))), torch.float32).eval()
+    tower = tower_of(backbone)
+    assert isinstance(tower, PlainTower)
+    assert (tower.num_patch_values, tower.merge_size, tower.shortened()) == (3 * 2 * side * side, 2, tower)
+    generator = torch.Generator().manual_seed(0)
+    pictures = [torch.randn(math.prod(grid), tower.num_patch_values, generator=generator) for grid in PICTURES]
+    with torch.inference_mode():
+        together = backbone.get_image_features(torch.cat(pictures), torch.tensor(PICTURES))
+        layers = [together.pooler_output, *(together.deepstack_features if num_layers else ())]
+        assert len(layers) == 1 + num_layers
+        for number, (patches, grid) in enumerate(zip(pictures, PICTURES, strict=True)):
+            expected = torch.cat([features[number] for features in layers], dim=1)
+            got = tower.features(patches, grid)
+            assert got.shape == (len(patches) // 4, 64 * (1 + num_layers))
+            assert float((got - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+            assert len(got) < 2 or float(expected.std(0).min()) > 1e-3  # tokens differ, in every layer
+
+
+def test_the_tower_we_know_is_computed_by_ours(models: dict[str, RewardModel]) -> None:
+    assert isinstance(tower_of(models["plain"].backbone), VisionTower)

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from training.demo.tokenizer import ImageSizes, save_processor, train_tokenizer
 HIDDEN = 64
 VisionFamily = Literal["qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
 TextFamily = Literal["qwen2", "qwen3"]
+VISION_FAMILIES: tuple[VisionFamily, ...] = get_args(VisionFamily)
 CORPUS = (
     "Write a funny one-line caption for this New Yorker-style cartoon.",
     "Candidate caption: It says it is here about the iceberg.",
