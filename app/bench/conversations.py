@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from app.artifacts import RewardModelConfig
 from app.bench.workload import WORDS, Request, encode_whole
 from app.contracts import EncodedGroup, Group
 from app.encoding import Encoder
@@ -58,9 +59,13 @@ class Conversations:
         shortest = lengths_of(encode_whole(encoder, Group((response,), conversation)))
         self._num_words = Lengths(
             _num_words(
-                "--conversation-tokens", wanted.conversation, CONVERSATION_TOKENS, shortest.conversation, config.max_prompt_tokens - 1
+                "--conversation-tokens",
+                wanted.conversation,
+                CONVERSATION_TOKENS,
+                shortest.conversation,
+                _most(config.max_prompt_tokens, config) - 1,
             ),
-            _num_words("--response-tokens", wanted.response, RESPONSE_TOKENS, shortest.response, config.max_caption_tokens),
+            _num_words("--response-tokens", wanted.response, RESPONSE_TOKENS, shortest.response, _most(config.max_caption_tokens, config)),
         )
         self._lengths = Lengths(shortest.conversation + self._num_words.conversation - 1, shortest.response + self._num_words.response - 1)
         self.encode(self.request(2))
@@ -115,6 +120,11 @@ def whole_words(encoder: Encoder) -> Sequence[str]:
     if len(words) < _MIN_WORDS:
         raise SettingsInvalid(f"the artifact's tokenizer has {len(words)} of the bench's words whole, {_MIN_WORDS} are needed")
     return words
+
+
+def _most(limit: int | None, config: RewardModelConfig) -> int:
+    """Tokens of a text that has no limit of its own, where all together has one."""
+    return limit or config.max_tokens or 0
 
 
 def _num_words(option: str, asked: int | None, usual: int, shortest: int, max_words: int) -> int:
