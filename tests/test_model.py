@@ -202,7 +202,8 @@ def shard_base(root: Path, more: Tensors) -> None:
 
 def num_tensor_bytes() -> int:
     kinds = (torch.Tensor, torch.nn.Parameter)  # a compiler leaves others, of no memory
-    tensors = [each for each in gc.get_objects() if type(each) in kinds and not each.is_mkldnn]  # prepacked: opaque
+    tensors = [each for each in gc.get_objects() if type(each) in kinds and each.layout is torch.strided]  # prepacked: opaque
+    tensors = [each for each in tensors if not each.is_meta]
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
@@ -336,7 +337,7 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     "a trained bias": (lora(bias="lora_only"), "expected plain LoRA on linear layers"),
     "LoRA on embeddings": (lora(target_modules=["embed_tokens"]), "expected plain LoRA on linear layers"),
     "LoRA on convolutions": (lora(target_modules=["patch_embed.proj"]), "expected plain LoRA on linear layers"),
-    "whole modules saved": (lora(modules_to_save=["norm"]), "expected plain LoRA on linear layers"),
+    "whole modules saved": (lora(modules_to_save=["norm"]), "modules_to_save norm: expected plain LoRA"),
     "targets that do not exist": (adapter_config(target_modules=["no_such_layer"]), "backbone_adapter: adapter does not fit the base"),
     "the wrong base by its hash": (
         lambda root: edit_json(root / "reward_model_config.json", base_model_sha256="0" * 64),
