@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,9 +46,11 @@ class _Ran:
     outcomes: Sequence[Outcome] = ()
 
     @property
-    def num_nonfinite(self) -> int:
-        refused = [scores for scores, outcome in zip(self.results, self.outcomes, strict=True) if isinstance(outcome, NonfiniteScore)]
-        return sum(not math.isfinite(value) for scores in refused for value in scores.values)
+    def num_nonfinite(self) -> Counter[str]:
+        """By model."""
+        found = zip(self.batch.pieces, self.results, self.outcomes, strict=True)
+        refused = [(piece.group.model, scores) for piece, scores, outcome in found if isinstance(outcome, NonfiniteScore)]
+        return Counter(model for model, scores in refused for value in scores.values if not math.isfinite(value))
 
 
 class Batcher:
@@ -371,15 +374,21 @@ class Batcher:
                 self._measure(ran)
 
     def _measure(self, ran: _Ran) -> None:
-        scored = [outcome for outcome in ran.outcomes if isinstance(outcome, Scores)]
-        computed = sum(outcome.num_computed_tokens for outcome in scored)
+        scored = [
+            (piece.group.model, outcome)
+            for piece, outcome in zip(ran.batch.pieces, ran.outcomes, strict=True)
+            if isinstance(outcome, Scores)
+        ]
+        computed = sum(outcome.num_computed_tokens for _, outcome in scored)
         self._metrics.batches.labels("ok").inc()
         self._metrics.batch_items.observe(sum(len(piece.group.rows) for piece in ran.batch.pieces))
         self._metrics.batch_tokens.observe(computed)
-        self._metrics.tokens.labels("computed").inc(computed)
-        self._metrics.tokens.labels("cached").inc(sum(outcome.num_cached_tokens for outcome in scored))
-        self._metrics.tokens.labels("requested").inc(sum(outcome.num_tokens for outcome in scored))
-        self._metrics.nonfinite.inc(ran.num_nonfinite)
+        for model, outcome in scored:
+            self._metrics.tokens.labels(model, "computed").inc(outcome.num_computed_tokens)
+            self._metrics.tokens.labels(model, "cached").inc(outcome.num_cached_tokens)
+            self._metrics.tokens.labels(model, "requested").inc(outcome.num_tokens)
+        for model, number in ran.num_nonfinite.items():
+            self._metrics.nonfinite.labels(model).inc(number)
         if ran.seconds > 0 and computed:
             old = self._admission.tokens_per_s
             self._admission.tokens_per_s = 0.8 * old + 0.2 * computed / ran.seconds if old else computed / ran.seconds

@@ -17,10 +17,13 @@ _Value = TypeVar("_Value")
 
 
 class ByteBoundedCache(Generic[_Value]):
-    """Maps a content id to a value; the values used longest ago go when `max_bytes` is reached. 0 bytes: always a miss."""
+    """Maps a content id to a value; the values used longest ago go when `max_bytes` is reached. 0 bytes: always a miss.
 
-    def __init__(self, name: str, max_bytes: int, num_bytes: Callable[[_Value], int], metrics: Metrics) -> None:
-        self._name = name
+    `model`: whose cache it is, a label of its metrics; empty for what all models have in common.
+    """
+
+    def __init__(self, name: str, max_bytes: int, num_bytes: Callable[[_Value], int], metrics: Metrics, model: str = "") -> None:
+        self._labels = (model, name)
         self._max_bytes = max_bytes
         self._num_bytes = num_bytes
         self._metrics = metrics
@@ -30,7 +33,7 @@ class ByteBoundedCache(Generic[_Value]):
 
     def get(self, key: str) -> _Value | None:
         value = self._find(key)
-        self._metrics.cache_lookups.labels(self._name, "miss" if value is None else "hit").inc()
+        self._metrics.cache_lookups.labels(*self._labels, "miss" if value is None else "hit").inc()
         return value
 
     def holds(self, key: str) -> bool:
@@ -44,8 +47,8 @@ class ByteBoundedCache(Generic[_Value]):
             self._values.pop(key, None)
             if self._cost(value) <= self._max_bytes:
                 self._values[key] = value
-            self._metrics.cache_bytes.labels(self._name).set(self._values.currsize)
-            self._metrics.cache_entries.labels(self._name).set(len(self._values))
+            self._metrics.cache_bytes.labels(*self._labels).set(self._values.currsize)
+            self._metrics.cache_entries.labels(*self._labels).set(len(self._values))
 
     def get_or_make(self, key: str, make: Callable[[], _Value]) -> _Value:
         """The value of a key, made by one thread while others that want it wait. A failure is not kept: the next one tries again."""
@@ -75,8 +78,8 @@ class ByteBoundedCache(Generic[_Value]):
         """Forget everything."""
         with self._lock:
             self._values.clear()
-            self._metrics.cache_bytes.labels(self._name).set(0)
-            self._metrics.cache_entries.labels(self._name).set(0)
+            self._metrics.cache_bytes.labels(*self._labels).set(0)
+            self._metrics.cache_entries.labels(*self._labels).set(0)
 
     def _find(self, key: str) -> _Value | None:
         with self._lock:
@@ -90,8 +93,9 @@ class ByteBoundedCache(Generic[_Value]):
 class Audit:
     """Doubts every n-th hit of one cache (0: none), and counts what was not as it should be. Safe across threads."""
 
-    def __init__(self, cache: str, every: int, metrics: Metrics) -> None:
+    def __init__(self, cache: str, every: int, metrics: Metrics, model: str = "") -> None:
         self._cache = cache
+        self._model = model
         self._every = every
         self._metrics = metrics
         self._lock = threading.Lock()
@@ -105,7 +109,7 @@ class Audit:
 
     def record(self, *, agrees: bool, what: str = "not what is computed now") -> None:
         """The result of a comparison."""
-        self._metrics.cache_audits.labels(self._cache).inc()
+        self._metrics.cache_audits.labels(self._model, self._cache).inc()
         if not agrees:
-            self._metrics.cache_audit_mismatches.labels(self._cache).inc()
+            self._metrics.cache_audit_mismatches.labels(self._model, self._cache).inc()
             log.error("an entry of the cache of %s is wrong: %s", self._cache, what)

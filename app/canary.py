@@ -14,10 +14,10 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from app.batching import Batcher
 from app.contracts import EncodedGroup
 from app.errors import ApiError, DeadlineExceeded, DeviceBroken, DeviceFault, Draining, NonfiniteScore, Overloaded
 from app.golden import GoldenCase
+from app.lanes import Queue
 from app.metrics import Metrics
 
 log = logging.getLogger("punchline.canary")
@@ -39,21 +39,26 @@ class Canary:
 
     def __init__(
         self,
-        batcher: Batcher,
+        batcher: Queue,
         cases: Sequence[GoldenCase],
         *,
         tolerance: float,
         every_s: float,
         metrics: Metrics,
+        model: str = "",
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`every_s`: 0 looks never. Under load it waits for a lull, at most two minutes; a look takes a fiftieth of the device's time."""
+        """`every_s`: 0 looks never. Under load it waits for a lull, at most two minutes; a look takes a fiftieth of the device's time.
+
+        `batcher`, `model`: the model's own end of the queue, and its name in metrics.
+        """
         self._batcher = batcher
         self._cases = cases[:MAX_CASES]
         self._tolerance = tolerance
         self._every_s = every_s
         self._metrics = metrics
+        self._model = model
         self._clock = clock
         self._sleep = sleep
         self._turn = 0
@@ -63,8 +68,9 @@ class Canary:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
+        self._metrics.golden_success.labels(self._model)  # 0 while it is switched off
         if self._every_s and self._cases:
-            self._metrics.golden_success.set_to_current_time()  # the self-test has just passed
+            self._metrics.golden_success.labels(self._model).set_to_current_time()  # the self-test has just passed
             self._task = asyncio.get_running_loop().create_task(self._live())
         return self
 
@@ -115,7 +121,7 @@ class Canary:
         except _NOBODYS_FAULT as error:
             log.info("the canary has no answer (%s)", error.code)
         except ApiError as error:
-            self._missed(f"golden item {case.number} cannot be scored any more ({error.code})", wrong=isinstance(error, NonfiniteScore))
+            self._missed(f"{self._item(case)} cannot be scored any more ({error.code})", wrong=isinstance(error, NonfiniteScore))
         else:
             self._took_s = job.finished - job.started
             self._judge(case, row, scores.values[0])
@@ -127,18 +133,19 @@ class Canary:
 
     def _judge(self, case: GoldenCase, row: int, found: float) -> None:
         drift = found - case.scores[row]
-        self._metrics.golden_drift.labels(str(case.number)).set(drift)
-        self._metrics.golden_error.set(abs(drift))
+        self._metrics.golden_drift.labels(self._model, str(case.number)).set(drift)
+        self._metrics.golden_error.labels(self._model).set(abs(drift))
         if not abs(drift) <= self._tolerance:
-            self._missed(
-                f"golden item {case.number} now scores {drift:+.2e} beside what it must, tolerance {self._tolerance:.0e}", wrong=True
-            )
+            self._missed(f"{self._item(case)} now scores {drift:+.2e} beside what it must, tolerance {self._tolerance:.0e}", wrong=True)
             return
-        self._metrics.golden_success.set_to_current_time()
+        self._metrics.golden_success.labels(self._model).set_to_current_time()
         if self._num_misses:
-            log.warning("golden item %d scores right again", case.number)
+            log.warning("%s scores right again", self._item(case))
         self._num_misses = self._num_wrong = 0
         self._turn += 1
+
+    def _item(self, case: GoldenCase) -> str:
+        return f"golden item {case.number}" + (f" of {self._model}" if self._model else "")
 
     def _missed(self, what: str, *, wrong: bool) -> None:
         self._num_misses += 1

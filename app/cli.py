@@ -309,12 +309,12 @@ def _local_score(image: Path, captions: list[str], prompt: str | None, model: st
 
         with _loading() as settings_of:
             async with running(settings_of(model, base_model)) as runtime:
-                (result,) = await runtime.service.score([request], timeout_s=runtime.settings.max_timeout_ms / 1000)
-                temperature = runtime.artifact.config.calibration.temperature
+                (result,) = await runtime.first.service.score([request], timeout_s=runtime.settings.max_timeout_ms / 1000)
+                temperature = runtime.first.artifact.config.calibration.temperature
                 return {
                     "scores": list(result.scores),
                     "image_id": result.image_id,
-                    "model_fingerprint": runtime.loaded.fingerprint,
+                    "model_fingerprint": runtime.first.loaded.fingerprint,
                     "temperature": temperature,
                 }
 
@@ -352,7 +352,7 @@ def _local_selftest(model: str | None, base_model: str | None) -> dict[str, Any]
 
         with _loading() as settings_of:
             async with running(settings_of(model, base_model)) as runtime:
-                return (await runtime.selftest.run()).as_dict()
+                return (await runtime.first.selftest.run()).as_dict()
 
     return asyncio.run(ask())
 
@@ -363,7 +363,7 @@ def _loading() -> Iterator[Callable[[str | None, str | None], Settings]]:
     _log_to_stderr("warning")
     _quiet_libraries()
     with err.status("loading the model"):
-        yield lambda model, base_model: load_settings(**_named(model=model, base_model=base_model))
+        yield lambda model, base_model: load_settings(**_named(model=model, base_model=base_model), models="")
 
 
 def _log_to_stderr(level: str) -> None:

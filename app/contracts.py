@@ -73,13 +73,14 @@ class Group:
 class EncodedGroup:
     """A group as token ids. Every row holds the whole chat of one caption; rows of a group share a long prefix."""
 
-    key: tuple[str, bytes]  # (image id, prompt digest): groups with equal keys may share their prefix
+    key: tuple[str, bytes]  # (image id, prompt digest): groups of one model with equal keys may share their prefix
     image: EncodedImage | None
     rows: tuple[Ids, ...]  # one [length] array a caption, image placeholders expanded
     num_prefix: int  # leading ids that all rows share with any other caption of this image and prompt
     truncated_prompt: bool = False
     row_prefixes: tuple[int, ...] = ()  # the same for each row by itself, whatever its company; empty: all `num_prefix`
     fresh: bool = False  # compute it whatever is kept from earlier batches, and keep nothing of it
+    model: str = ""  # the one that scores it; the model's lane writes it, and nobody else
 
     @property
     def num_tokens(self) -> int:

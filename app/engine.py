@@ -19,7 +19,7 @@ from app.contracts import EncodedImage, Ids
 from app.decoder import Arrangement, Decoder, DeepStack, NewPrefix, Reach
 from app.encoding import positions
 from app.faults import faults_named
-from app.layers import prepack
+from app.layers import PrepackedLinear, prepack
 from app.machine import peak_bytes, reset_peak, resident_bytes
 from app.model import RewardModel, own_memory
 from app.reuse import Computed, KeptPrefix, Share
@@ -44,7 +44,8 @@ class Engine:
     def __init__(self, model: RewardModel) -> None:
         self._model = model
         backbone = model.backbone
-        self.num_prepacked = prepack(backbone)
+        prepack(backbone)  # unless it was done already, for several models together
+        self.num_prepacked = sum(isinstance(layer, PrepackedLinear) for layer in backbone.modules())
         if model.device.type == "cpu":
             own_memory(model)  # before anything takes a view of a weight that still lies in a mapped file
         self._text = backbone.language_model if model.takes_images else backbone

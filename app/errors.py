@@ -17,8 +17,9 @@ PunchlineError
     │   ├── UrlNotAllowed           403   ├── UnsupportedMediaType   415
     │   ├── NotFound                404   ├── ImageFormatNotAllowed  415
     │   ├── ImageUnknown            404   ├── InvalidRequest         422
-    │   ├── MethodNotAllowed        405   ├── ImageRejected          422
-    │   ├── BodyTimeout             408   └── ItemRejected           422
+    │   ├── ModelUnknown            404   ├── ImageRejected          422
+    │   ├── MethodNotAllowed        405   └── ItemRejected           422
+    │   ├── BodyTimeout             408
     │   ├── HeadTooLarge            431
     │   └── FingerprintMismatch     412
     ├── Unavailable                 503 + Retry-After: the same request will do later
@@ -152,6 +153,14 @@ class ImageUnknown(RequestError):
     status = 404
     code = "image_unknown"
     default_field = "image"
+
+
+class ModelUnknown(RequestError):
+    """No model of the name that the request gives is served."""
+
+    status = 404
+    code = "model_unknown"
+    default_field = "model"
 
 
 class MethodNotAllowed(RequestError):

@@ -8,7 +8,7 @@ a matrix (unmerged LoRA), the same steps are plain torch, or compiled within `co
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeAlias
@@ -202,20 +202,32 @@ def _works(dtype: torch.dtype) -> bool:
         return all(torch.allclose(one, other, rtol=0.02, atol=0.02) for one, other in zip(found, wanted, strict=True))
 
 
-def prepack(module: nn.Module) -> int:
-    """Replace every plain linear layer below `module` by its prepacked form, one at a time; returns how many.
+def prepack(*modules: nn.Module) -> int:
+    """Replace every plain linear layer below the modules by its prepacked form, one at a time; returns how many forms there are.
 
-    Each weight is freed before the next is packed, so memory grows by the largest of them and no more; the pages of one that lies
-    in a mapped file are given back.
+    Layers of several modules with one weight get one form. Each weight is freed before the next is packed, so memory grows by the
+    largest of them and no more; the pages of one that lies in a mapped file are given back.
     """
     mapped = MappedFiles()
-    names = [name for name, layer in module.named_modules() if name and can_prepack(layer)]
-    for name in names:
-        parent_name, _, child = name.rpartition(".")
-        parent: Any = module.get_submodule(parent_name)
-        linear = parent.get_submodule(child)
-        setattr(parent, child, PrepackedLinear(linear))
+    places = _places_of_weights(modules)
+    for same in places:
+        parent, child = same[0]
+        linear: Any = parent.get_submodule(child)
+        prepacked = PrepackedLinear(linear)
+        for parent, child in same:
+            setattr(parent, child, prepacked)
         mapped.forget(linear.weight.data_ptr(), linear.weight.nbytes)
         del linear
     gc.collect()
-    return len(names)
+    return len(places)
+
+
+def _places_of_weights(modules: Sequence[nn.Module]) -> list[list[tuple[nn.Module, str]]]:
+    """For each weight and bias that can be prepacked, the parents of its layers and the layers' names there."""
+    places: dict[tuple[int, int], list[tuple[nn.Module, str]]] = {}
+    for module in modules:
+        for name, layer in module.named_modules():
+            if name and can_prepack(layer):
+                parent, _, child = name.rpartition(".")
+                places.setdefault((id(layer.weight), id(layer.bias)), []).append((module.get_submodule(parent), child))
+    return list(places.values())

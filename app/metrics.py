@@ -1,5 +1,5 @@
-"""Every metric of the server with its buckets, in one registry of its own. Labels come from fixed lists; only `run` is what clients say, of
-the few runs that are kept."""
+"""Every metric of the server with its buckets, in one registry of its own. Labels come from fixed lists, `model` from the settings; only
+`run` is what clients say, of the few runs that are kept."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _SCORES = (-16, -8, -4, -3, -2, -1.5, -1, -0.5, -0.25, 0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 8, 16)
 _SPREADS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+UNKNOWN_MODEL = "_unknown"  # label of captions for a model that is not served
 CLIENT_GONE = 499  # nginx's number for it; nothing is sent, only counted
 
 
@@ -69,13 +70,15 @@ class Metrics:
 
     def _work(self) -> None:
         self.items_received = self._counter(
-            "reward_items_received_total", "Captions of requests that could be read; always those with an outcome plus the active ones."
+            "reward_items_received_total",
+            "Captions of requests that could be read; always those with an outcome plus the active ones.",
+            ("model",),
         )
-        self.items_active = self._gauge("reward_active_items", "Captions received that have no outcome yet.")
+        self.items_active = self._gauge("reward_active_items", "Captions received that have no outcome yet.", ("model",))
         self.items = self._counter(
             "reward_items_total",
             "Captions by outcome: scored, null (no score, by itself), client_error, rejected, failed, cancelled (as their request).",
-            ("outcome",),
+            ("model", "outcome"),
         )
         self.wasted_items = self._counter("reward_wasted_items_total", "Captions computed for clients that had left or no longer waited.")
         self.stage_duration = self._histogram(
@@ -90,34 +93,34 @@ class Metrics:
         )
         self.device_busy = self._counter("reward_device_busy_seconds_total", "Time the device worked on batches; the rest it was idle.")
         self.tokens = self._counter(
-            "reward_tokens_total", "Tokens by kind: requested (one forward a caption), computed, cached (known from earlier).", ("kind",)
+            "reward_tokens_total",
+            "Tokens by kind: requested (one forward a caption), computed, cached (known from earlier).",
+            ("model", "kind"),
         )
         self.rejected = self._counter(
             "reward_rejected_total", "Requests refused with 503 by error code: overloaded, draining, deadline_exceeded.", ("code",)
         )
-        self.cache_lookups = self._counter("reward_cache_lookups_total", "Cache lookups.", ("cache", "result"))
+        self.cache_lookups = self._counter("reward_cache_lookups_total", "Cache lookups.", ("model", "cache", "result"))
         self.cache_audits = self._counter(
-            "reward_cache_audits_total", "Hits computed again by cache: pixels, features, prefixes, scores.", ("cache",)
+            "reward_cache_audits_total", "Hits computed again by cache: pixels, features, prefixes, scores.", ("model", "cache")
         )
         self.cache_audit_mismatches = self._counter(
             "reward_cache_audit_mismatches_total",
             "Audited hits (pixels, features, prefixes, scores) that were not what is computed now; alert on any.",
-            ("cache",),
+            ("model", "cache"),
         )
 
     def _scored(self) -> None:
-        self.scores = self._histogram("reward_score", "Scores sent.", _SCORES)
+        self.scores = self._histogram("reward_score", "Scores sent.", _SCORES, ("model",))
         self.score_magnitudes = self._counter(
             "reward_score_magnitude_total",
             "Magnitudes of the scores sent, by sign: positive, negative; less one another, their sum.",
-            ("sign",),
+            ("model", "sign"),
         )
-        for sign in ("positive", "negative"):
-            self.score_magnitudes.labels(sign)
         self.group_stddev = self._histogram(
-            "reward_group_score_stddev", "Spread of the scores of one group; none means no learning signal.", _SPREADS
+            "reward_group_score_stddev", "Spread of the scores of one group; none means no learning signal.", _SPREADS, ("model",)
         )
-        self.nonfinite = self._counter("reward_nonfinite_total", "Scores that were NaN or infinite; none is ever sent.")
+        self.nonfinite = self._counter("reward_nonfinite_total", "Scores that were NaN or infinite; none is ever sent.", ("model",))
 
     def _runs(self) -> None:
         """Of training runs that requests name; `run` is one of the few that are kept, and its series go when it is forgotten."""
@@ -173,24 +176,28 @@ class Metrics:
         self.queue_items = self._gauge("reward_queue_items", "Captions admitted and not yet answered.")
         self.queue_tokens = self._gauge("reward_queue_tokens", "Tokens admitted and not yet answered.")
         self.queue_oldest_age = self._gauge("reward_queue_oldest_age_seconds", "Age of the job that waits longest for the device.")
-        self.cache_bytes = self._gauge("reward_cache_bytes", "Memory a cache holds.", ("cache",))
-        self.cache_entries = self._gauge("reward_cache_entries", "Entries a cache holds.", ("cache",))
+        self.cache_bytes = self._gauge("reward_cache_bytes", "Memory a cache holds.", ("model", "cache"))
+        self.cache_entries = self._gauge("reward_cache_entries", "Entries a cache holds.", ("model", "cache"))
         self.heartbeat = self._gauge(
             "reward_batcher_heartbeat_timestamp_seconds", "When both threads of the batch loop were last seen alive; alert when it is old."
         )
         self.draining = self._gauge("reward_draining", "1 from the signal to stop on.")
         self.golden_error = self._gauge(
-            "reward_golden_last_error", "Largest golden score error when last looked at, by self-test or canary."
+            "reward_golden_last_error", "Largest golden score error when last looked at, by self-test or canary.", ("model",)
         )
         self.golden_drift = self._gauge(
-            "reward_golden_drift", "Score of a golden item when the canary last looked, minus what it must be.", ("case",)
+            "reward_golden_drift", "Score of a golden item when the canary last looked, minus what it must be.", ("model", "case")
         )
-        self.golden_tolerance = self._gauge("reward_golden_tolerance", "What a golden score may differ by.")
+        self.golden_tolerance = self._gauge("reward_golden_tolerance", "What a golden score may differ by.", ("model",))
         self.golden_success = self._gauge(
-            "reward_golden_last_success_timestamp_seconds", "When the canary last found a golden score right; 0 while it is switched off."
+            "reward_golden_last_success_timestamp_seconds",
+            "When the canary last found a golden score right; 0 while it is switched off.",
+            ("model",),
         )
         self.ready = self._gauge("reward_ready", "1 while golden scores match and nothing is draining.")
-        self.model_info = self._gauge("reward_model_info", "What is loaded.", ("fingerprint", "base", "dtype", "device", "version"))
+        self.model_info = self._gauge(
+            "reward_model_info", "What is loaded.", ("model", "fingerprint", "base", "dtype", "device", "version")
+        )
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
         return Histogram(name, text, labels, registry=self.registry, buckets=buckets)

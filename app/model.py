@@ -19,10 +19,12 @@ from app.errors import ArtifactInvalid
 from app.heads import Head, head_from, load_head
 from app.machine import MappedFiles, forget_pages
 from app.packing import Packed
+from app.sharing import SharedBases
 from app.varlen import choose, installed
 from app.vision import has_own_forward, layers_of
 
 ENCODING_VERSION = "3"  # raise it whenever ids, pixels, packing, attention or pooling change
+LoraUse = Literal["merged", "unmerged", "none"]
 _SCORING_LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "pillow")
 _COPIED_AT_ONCE = 1 << 22  # values
 
@@ -106,6 +108,7 @@ class LoadedModel:
     fingerprint: str
     dtype: Literal["float32", "bfloat16"]
     device: str
+    lora: LoraUse = "none"  # how its adapter is applied
 
 
 def load_model(
@@ -113,23 +116,26 @@ def load_model(
     *,
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    lora: Literal["merged", "unmerged"] = "merged",
+    lora: Literal["auto", "merged", "unmerged"] = "merged",
     switches: Mapping[str, bool] | None = None,
     leave_mapped: bool = False,
+    bases: SharedBases | None = None,
 ) -> LoadedModel:
     """Base, adapter if there is one, and head, every part checked against the others. Raises ArtifactInvalid naming the file at fault.
 
     `leave_mapped`: on a CPU the weights still lie in their mapped files; an engine packs most of them, which copies as well.
-    `switches`: ways of computing that move the last digits of a score; those that are on are part of the fingerprint.
+    `bases`: those of models that are served together; where this one's is another's as well, `auto` leaves the adapter unmerged and the
+    weights are shared. `switches`: ways of computing that move the last digits of a score; those that are on are part of the fingerprint.
     """
     place = torch.device(resolve_device(device))
     number = resolve_dtype(dtype, artifact.config.dtype, place)
     head = _load_head(artifact)
     has_adapter = artifact.has_adapter
-    base_digest = _checked_base(artifact, checked_adapter(artifact).get("base_model_name_or_path") if has_adapter else None)
-    backbone = load_backbone(artifact, getattr(torch, number))
-    if has_adapter:
-        backbone = with_adapter(backbone, artifact, merge=lora == "merged")
+    adapter_base = checked_adapter(artifact).get("base_model_name_or_path") if has_adapter else None
+    base_digest = _checked_base(artifact, adapter_base, base_sha256(artifact.base_path) if bases is None else bases.digest(artifact))
+    shared = bases if bases is not None and bases.is_shared(artifact) else None
+    applied: LoraUse = "none" if not has_adapter else "merged" if lora == "merged" or (lora == "auto" and not shared) else "unmerged"
+    backbone = _adapted(artifact, applied, getattr(torch, number), place, shared)
     hidden = backbone.config.get_text_config().hidden_size
     if head.in_features != hidden:
         raise ArtifactInvalid(f"{artifact.head_path}: head takes {head.in_features} values, the base gives {hidden}")
@@ -138,12 +144,24 @@ def load_model(
     if place.type == "cpu" and not leave_mapped:
         own_memory(model)
     _move(model, place)
-    runtime = {"dtype": number, "device": place.type, "lora": lora if has_adapter else "none", "encoding": ENCODING_VERSION}
-    runtime |= {name: version(name) for name in _SCORING_LIBRARIES}
-    runtime |= {name: "on" for name, is_on in (switches or {}).items() if is_on}
-    if place.type == "cuda":  # a CPU has one way of attention for each format
+    runtime = _runtime_of(model, switches or {}) | {"dtype": number, "lora": applied}
+    return LoadedModel(model, fingerprint(artifact, base_digest, runtime), number, str(place), applied)
+
+
+def _runtime_of(model: RewardModel, switches: Mapping[str, bool]) -> dict[str, str]:
+    """What of this process can move a score, beside the number format and how the adapter is applied."""
+    place = model.device.type
+    runtime = {"device": place, "encoding": ENCODING_VERSION} | {name: version(name) for name in _SCORING_LIBRARIES}
+    runtime |= {name: "on" for name, is_on in switches.items() if is_on}
+    if place == "cuda":  # a CPU has one way of attention for each format
         runtime |= {f"attention over {what}": way for what, way in attention_ways(model).items()}
-    return LoadedModel(model, fingerprint(artifact, base_digest, runtime), number, str(place))
+    return runtime
+
+
+def _adapted(artifact: Artifact, lora: LoraUse, dtype: torch.dtype, place: torch.device, shared: SharedBases | None) -> Any:
+    """The backbone with its adapter, if any. A base that is merged into is nobody else's."""
+    backbone = load_backbone(artifact, dtype) if shared is None or lora == "merged" else shared.take(artifact, dtype, place)
+    return backbone if lora == "none" else with_adapter(backbone, artifact, merge=lora == "merged")
 
 
 def attention_ways(model: RewardModel) -> dict[str, str]:
@@ -178,9 +196,8 @@ def resolve_dtype(
     return wanted if device.type == "cuda" else "float32"
 
 
-def _checked_base(artifact: Artifact, named: Any) -> str:
-    """SHA-256 of the base, which is the one the configuration and the adapter name."""
-    found = base_sha256(artifact.base_path)
+def _checked_base(artifact: Artifact, named: Any, found: str) -> str:
+    """The SHA-256 that was found of the base, which is the one the configuration and the adapter name."""
     expected = artifact.config.base_model_sha256
     if expected is not None and found != expected:
         raise ArtifactInvalid(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,11 +60,24 @@ class _Series:
 
 
 class RunMonitors:
-    """The runs that are kept, each with series of its own, which go when it does. For the event loop alone."""
+    """The runs that are kept, each with series of its own, which go when it does. For the event loop alone.
 
-    def __init__(self, max_runs: int, expected: Expected | None, metrics: Metrics, clock: Callable[[], float] = time.time) -> None:
-        self.runs = Runs(max_runs, expected, on_forgotten=self._forgotten)
+    Scores of different models do not compare: a run that asks several is watched as one run a model, `RUN~MODEL` for those that are
+    not the first.
+    """
+
+    def __init__(
+        self,
+        max_runs: int,
+        expected: Expected | None,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+        further: Mapping[str, Expected | None] | None = None,
+    ) -> None:
+        """`expected`: of the first model's scores; `further`: of those of the others, by name."""
+        self.runs = Runs(max_runs, on_forgotten=self._forgotten)
         self._expected = expected
+        self._further = dict(further or {})
         self._metrics = metrics
         self._clock = clock
         self._series: dict[str, _Series] = {}
@@ -76,13 +89,16 @@ class RunMonitors:
         captions: Sequence[str],
         scores: Sequence[float | None],
         about: tuple[str | None, str | Conversation | None] | None,
+        model: str = "",
     ) -> None:
-        """Some scored captions about one (picture's id, prompt); None where others of them were left out.
+        """Some captions about one (picture's id, prompt) that a model scored; None where others of them were left out.
 
         Whoever waits for the scores gets them whatever happens here.
         """
         try:
-            run = self.runs.active(run_id)
+            is_first = model not in self._further
+            run_id = run_id if is_first else f"{run_id}~{model.replace('/', '~')}"  # no run and no model has a ~ in its name
+            run = self.runs.active(run_id, self._expected if is_first else self._further[model])
             series = self._series.get(run_id) or self._begin(run)
             series.count(run.observe(captions, scores, self._clock(), None if about is None else hash(about)))
         except Exception:
@@ -100,8 +116,8 @@ class RunMonitors:
         name, metrics = run.run_id, self._metrics
         metrics.run_mean.labels(name).set_function(lambda: run.recent.all.score if run.recent.num_captions else math.nan)
         metrics.run_length_correlation.labels(name).set_function(lambda: _or_nan(run.length_correlation))
-        metrics.run_drift.labels(name).set_function(lambda: _or_nan(run.recent.drift(self._expected)))
-        metrics.run_std_ratio.labels(name).set_function(lambda: _or_nan(run.recent.std_ratio(self._expected)))
+        metrics.run_drift.labels(name).set_function(lambda: _or_nan(run.recent.drift(run.expected)))
+        metrics.run_std_ratio.labels(name).set_function(lambda: _or_nan(run.recent.std_ratio(run.expected)))
         series = self._series[name] = _Series(
             scores=metrics.run_scores.labels(name),
             spread=metrics.run_spread.labels(name),

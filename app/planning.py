@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from app.contracts import EncodedGroup, Job
 
-PrefixKey = tuple[str, bytes]
+PrefixKey = tuple[str, str, bytes]  # model, image id, prompt digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,8 @@ class Filling:
 
     def take(self, group: EncodedGroup) -> bool:
         """Whether the group joins. The first always does; after a refusal only those whose prefix is already in."""
-        before = self._by_prefix.get(group.key)
+        key = (group.model, *group.key)
+        before = self._by_prefix.get(key)
         if self._refused and before is None:
             return False
         after = (before or _Shared(group.num_prefix)).with_group(group)
@@ -104,5 +105,5 @@ class Filling:
             self._refused = True
             return False
         self.num_tokens = num_tokens
-        self._by_prefix[group.key] = after
+        self._by_prefix[key] = after
         return True

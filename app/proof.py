@@ -14,6 +14,8 @@ from app.startcheck import MAX_LIVE_S, Finding
 
 if TYPE_CHECKING:
     from app.main import Runtime
+    from app.served import ServedModel
+    from app.settings import Settings
 
 _CHECK = "D15 http"
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (recognised, not chosen)
@@ -21,11 +23,12 @@ _MAX_SHOWN = 200  # characters of an answer that is none
 
 
 async def prove_over_http(runtime: Runtime, listener: socket.socket) -> None:
-    """Ask for the scores of the smallest golden item; the server is not ready before they are right. Raises ArtifactInvalid."""
-    finding = await _find(runtime, address_of(listener))
-    runtime.findings.append(finding)
-    if not finding.passed:
-        raise ArtifactInvalid(f"{runtime.artifact.root}: self-test failed: {finding}")
+    """Ask every model for the scores of its smallest golden item; the server is not ready before they are right. Raises ArtifactInvalid."""
+    for model in runtime.models.values():
+        finding = await _find(runtime, model, address_of(listener))
+        model.findings.append(finding)
+        if not finding.passed:
+            raise ArtifactInvalid(f"{model.artifact.root}: self-test failed: {finding}")
     runtime.awaits_proof = False
 
 
@@ -36,11 +39,11 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _find(runtime: Runtime, address: str) -> Finding:
-    number = runtime.smallest_case
-    scored = runtime.selftest.scored[number]
-    body, chosen = _request(runtime, number)
-    cost_s = runtime.num_golden_tokens[number] / runtime.admission.tokens_per_s if runtime.admission.tokens_per_s else 0.0
+async def _find(runtime: Runtime, model: ServedModel, address: str) -> Finding:
+    number = model.smallest_case
+    scored = model.selftest.scored[number]
+    body, chosen = _request(runtime.settings, model, number)
+    cost_s = model.num_golden_tokens[number] / runtime.admission.tokens_per_s if runtime.admission.tokens_per_s else 0.0
     if cost_s > MAX_LIVE_S:
         return Finding(_CHECK, True, f"not run: about {cost_s:.0f} s on this machine")
     if not chosen or len(body) > runtime.settings.max_body_bytes:
@@ -50,7 +53,7 @@ async def _find(runtime: Runtime, address: str) -> Finding:
             answer = await client.post(f"{address}/score", content=body, headers=_headers(runtime))
     except httpx.HTTPError as error:
         return Finding(_CHECK, False, f"the server does not answer on {address} ({type(error).__name__})")
-    return judge(answer, [scored.expected[index] for index in chosen], runtime.selftest.tolerance, runtime.loaded.fingerprint)
+    return judge(answer, [scored.expected[index] for index in chosen], model.selftest.tolerance, model.loaded.fingerprint)
 
 
 def judge(answer: httpx.Response, expected: list[float], tolerance: float, fingerprint: str) -> Finding:
@@ -67,14 +70,18 @@ def judge(answer: httpx.Response, expected: list[float], tolerance: float, finge
     return Finding(_CHECK, passed, f"{len(scores)} golden scores over HTTP, largest difference {worst:.2e}, tolerance {tolerance:.0e}")
 
 
-def _request(runtime: Runtime, number: int) -> tuple[bytes, list[int]]:
+def _request(settings: Settings, model: ServedModel, number: int) -> tuple[bytes, list[int]]:
     """The body, and which captions of the item are in it: those that the settings let through."""
-    settings, item, picture = runtime.settings, runtime.selftest.asked[number], runtime.selftest.pictures[number]
+    item, picture = model.selftest.asked[number], model.selftest.pictures[number]
     fitting = [index for index, caption in enumerate(item.captions) if len(caption.encode()) <= settings.max_caption_bytes]
     chosen = fitting[: settings.max_captions]
     if item.prompt is not None and len(item.prompt.encode()) > settings.max_prompt_bytes:
         chosen = []
-    body: dict[str, Any] = {"captions": [item.captions[index] for index in chosen], "timeout_ms": settings.max_timeout_ms}
+    body: dict[str, Any] = {
+        "model": model.name,
+        "captions": [item.captions[index] for index in chosen],
+        "timeout_ms": settings.max_timeout_ms,
+    }
     if item.prompt is not None:
         body["prompt"] = item.prompt
     if picture is not None:

@@ -148,8 +148,11 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         deterministic: bool = False,
         audit_every: int = 0,
         lead_ids: Ids | None = None,
+        model: str = "",
     ) -> None:
-        """`lead_ids`: what every group of this model begins with, before its image and prompt; computed once."""
+        """`model`: its name in metrics.
+
+        `lead_ids`: what every group of this model begins with, before its image and prompt; computed once."""
         self._lead_ids = lead_ids if lead_ids is not None and len(lead_ids) >= _MIN_LEAD else None
         self._lead: KeptPrefix[_KeysValues] | None = None
         self._at_hand: _AtHand[_Features, _KeysValues] = _AtHand()
@@ -158,7 +161,7 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         self._fingerprint = fingerprint
         self._deterministic = deterministic
         self._score_tolerance = 0.0 if deterministic else score_tolerance
-        self._audits = {name: Audit(name, audit_every, metrics) for name in ("features", "prefixes", "scores")}
+        self._audits = {name: Audit(name, audit_every, metrics, model) for name in ("features", "prefixes", "scores")}
 
     def prepare(self, groups: Sequence[EncodedGroup]) -> PreparedBatch:
         """Find what is distinct, and send ahead the pictures that are not known yet.
@@ -198,7 +201,7 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
                 scores = self._score(prepared)
             return scores
         except OutOfMemory:
-            self._forget_device()
+            self.make_room()
             raise
         finally:
             if self._at_hand.is_doubtful:
@@ -208,10 +211,11 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
 
     def forget(self) -> None:
         """Something that was kept is wrong, or what it was made of: keep nothing. Safe across threads."""
-        self._forget_device()
+        self.make_room()
         self._caches.scores.clear()
 
-    def _forget_device(self) -> None:
+    def make_room(self) -> None:
+        """Keep nothing on the device. Safe across threads."""
         self._lead = None
         self._caches.prefixes.clear()
         self._caches.features.clear()

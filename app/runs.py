@@ -326,11 +326,10 @@ class Runs:
     out, never a run that is under way, and to pass for such a run costs 16 scored groups an id.
     """
 
-    def __init__(self, max_runs: int, expected: Expected | None = None, on_forgotten: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, max_runs: int, on_forgotten: Callable[[str], None] = lambda _: None) -> None:
         """`on_forgotten`: called with the id of each run that goes."""
         self._max_runs = max_runs
         self._max_established = max(1, max_runs - max(1, max_runs // 4))
-        self._expected = expected
         self._on_forgotten = on_forgotten
         self._new: dict[str, Run] = {}  # the one idle longest first, here and below
         self._established: dict[str, Run] = {}
@@ -338,12 +337,12 @@ class Runs:
     def __len__(self) -> int:
         return len(self._new) + len(self._established)
 
-    def active(self, run_id: str) -> Run:
-        """The run of this id, begun if there is none. It counts as active now."""
+    def active(self, run_id: str, expected: Expected | None = None) -> Run:
+        """The run of this id, begun with what is `expected` of its scores if there is none. It counts as active now."""
         run = self._new.pop(run_id, None) or self._established.pop(run_id, None)
         if run is None:
             self._make_room()
-            run = Run(run_id, self._expected)
+            run = Run(run_id, expected)
         if run.num_groups < ESTABLISHED:
             self._new[run_id] = run
             return run

@@ -82,8 +82,8 @@ class SelfTest:
         """Score and compare. Raises ApiError when scoring itself fails."""
         found = [await self._score(item, data) for item, data in zip(self.asked, self.pictures, strict=True)]
         report = self._probed(found[0]) if self.golden is None else self._compared(self.golden, found)
-        self._metrics.golden_error.set(report.max_error)
-        self._metrics.golden_tolerance.set(self.tolerance)
+        self._metrics.golden_error.labels(self._service.model).set(report.max_error)
+        self._metrics.golden_tolerance.labels(self._service.model).set(self.tolerance)
         return report
 
     def failed(self, error: ApiError) -> SelfTestReport:

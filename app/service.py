@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from app.admission import Admission, Reservation
-from app.batching import Batcher
 from app.caches import Audit, ByteBoundedCache
 from app.contracts import Conversation, EncodedGroup, EncodedImage, Explanation, Group, GroupEncoder, Job
 from app.errors import (
@@ -30,6 +29,7 @@ from app.errors import (
     Unavailable,
 )
 from app.images import ImageLimits, decode_image, image_id, probe_image, read_image_field
+from app.lanes import Queue
 from app.metrics import CLIENT_GONE, Metrics, outcome_of
 from app.monitors import RunMonitors
 from app.planning import split_group
@@ -101,14 +101,14 @@ class _Prepared:
 
 
 class ScoringService:
-    """The one way from a request to its scores; every route, the self-test and the command line go through it."""
+    """The one way from a request to a model's scores; every route, the self-test and the command line go through it."""
 
     def __init__(
         self,
         *,
         config: RewardModelConfig,
         encoder: GroupEncoder,
-        batcher: Batcher,
+        batcher: Queue,
         admission: Admission,
         limits: ImageLimits,
         image_store: ByteBoundedCache[bytes],
@@ -119,8 +119,10 @@ class ScoringService:
         monitors: RunMonitors,
         audit_every: int = 0,
         forget: Callable[[], None] = lambda: None,
+        model: str = "",
     ) -> None:
-        """`forget`: called when kept pixels were wrong; whatever was made of them must go as well."""
+        """`model`: its name in metrics. `forget`: called when kept pixels were wrong; whatever was made of them must go as well."""
+        self.model = model
         self._config = config
         self._encoder = encoder
         self._batcher = batcher
@@ -133,7 +135,8 @@ class ScoringService:
         self._metrics = metrics
         self._forget = forget
         self.monitors = monitors
-        self._pixel_audit = Audit("pixels", audit_every, metrics)
+        self._pixel_audit = Audit("pixels", audit_every, metrics, model)
+        self._begin_series()
 
     async def score(
         self,
@@ -170,7 +173,7 @@ class ScoringService:
         if run_id is not None:
             for request, result in zip(requests, results, strict=True):
                 about = None if request.is_part else (result.image_id, request.prompt)
-                self.monitors.observe(run_id, request.captions, result.scores, about)
+                self.monitors.observe(run_id, request.captions, result.scores, about, self.model)
         return results
 
     async def _score(
@@ -202,17 +205,21 @@ class ScoringService:
 
     def count_left_out(self, num_captions: int) -> None:
         """Captions that were received and that nobody will ask scores for."""
-        self._metrics.items_received.inc(num_captions)
-        self._metrics.items.labels("null").inc(num_captions)
+        self._metrics.items_received.labels(self.model).inc(num_captions)
+        self._metrics.items.labels(self.model, "null").inc(num_captions)
 
     @contextmanager
-    def refusing(self, num_captions: int) -> Iterator[None]:
-        """For what is looked at before scores are asked for: captions that are refused there were received all the same."""
+    def refusing(self, num_captions: int, model: str | None = None) -> Iterator[None]:
+        """For what is looked at before scores are asked for: captions that are refused there were received all the same.
+
+        `model`: whose captions they are, if not this one's.
+        """
+        label = self.model if model is None else model
         try:
             yield
         except ApiError as error:
-            self._metrics.items_received.inc(num_captions)
-            self._metrics.items.labels(outcome_of(error.status)).inc(num_captions)
+            self._metrics.items_received.labels(label).inc(num_captions)
+            self._metrics.items.labels(label, outcome_of(error.status)).inc(num_captions)
             raise
 
     @property
@@ -241,16 +248,16 @@ class ScoringService:
 
         Between two turns of the event loop, where metrics are read, received = those with an outcome + active.
         """
-        self._metrics.items_received.inc(num_captions)
-        self._metrics.items_active.inc(num_captions)
+        self._metrics.items_received.labels(self.model).inc(num_captions)
+        self._metrics.items_active.labels(self.model).inc(num_captions)
         try:
             with self._naming_refusals():
                 yield
         except BaseException as error:
-            self._metrics.items.labels(outcome_of(_status(error))).inc(num_captions)
+            self._metrics.items.labels(self.model, outcome_of(_status(error))).inc(num_captions)
             raise
         finally:
-            self._metrics.items_active.dec(num_captions)
+            self._metrics.items_active.labels(self.model).dec(num_captions)
 
     @contextmanager
     def _naming_refusals(self) -> Iterator[None]:
@@ -359,14 +366,22 @@ class ScoringService:
 
     def _observe(self, scores: Sequence[float | None]) -> None:
         found = [score for score in scores if score is not None]
-        self._metrics.items.labels("scored").inc(len(found))
-        self._metrics.items.labels("null").inc(len(scores) - len(found))
+        self._metrics.items.labels(self.model, "scored").inc(len(found))
+        self._metrics.items.labels(self.model, "null").inc(len(scores) - len(found))
         for score in found:
-            self._metrics.scores.observe(score)
-        self._metrics.score_magnitudes.labels("positive").inc(sum(score for score in found if score > 0))
-        self._metrics.score_magnitudes.labels("negative").inc(-sum(score for score in found if score < 0))
+            self._metrics.scores.labels(self.model).observe(score)
+        self._metrics.score_magnitudes.labels(self.model, "positive").inc(sum(score for score in found if score > 0))
+        self._metrics.score_magnitudes.labels(self.model, "negative").inc(-sum(score for score in found if score < 0))
         if len(found) > 1:
-            self._metrics.group_stddev.observe(statistics.pstdev(found))
+            self._metrics.group_stddev.labels(self.model).observe(statistics.pstdev(found))
+
+    def _begin_series(self) -> None:
+        """At 0: of a series that begins with its first count nobody can tell that it grew."""
+        metrics = self._metrics
+        for metric in (metrics.items_received, metrics.items_active, metrics.scores, metrics.group_stddev, metrics.nonfinite):
+            metric.labels(self.model)
+        for sign in ("positive", "negative"):
+            metrics.score_magnitudes.labels(self.model, sign)
 
 
 def _status(error: BaseException) -> int:

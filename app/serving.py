@@ -17,15 +17,14 @@ from fastapi import FastAPI
 
 from app import __version__
 from app.api import create_app
-from app.api.card import Card
+from app.api.card import Card, ModelCard, Models
 from app.connections import guarded_config
 from app.draining import DrainingServer, bind
-from app.errors import ScoringFailed
 from app.main import Runtime, running
 from app.metrics import Metrics
 from app.model import attention_ways
 from app.proof import address_of, prove_over_http
-from app.selftest import SelfTestReport
+from app.served import ServedModel
 from app.settings import Settings
 
 log = logging.getLogger("punchline")
@@ -70,67 +69,80 @@ def _count_lost_lines(metrics: Metrics) -> None:
 
 def config_of(runtime: Runtime) -> uvicorn.Config:
     """How uvicorn serves a running scorer."""
-    return guarded_config(application(runtime), runtime.settings, runtime.metrics, runtime.loaded.fingerprint)
+    return guarded_config(application(runtime), runtime.settings, runtime.metrics, runtime.first.loaded.fingerprint)
 
 
 def application(runtime: Runtime) -> FastAPI:
     """The ASGI application of a running scorer."""
-    return create_app(runtime.service, runtime.settings, model_card(runtime), runtime.metrics)
+    return create_app(runtime.settings, card_of(runtime), runtime.metrics)
 
 
-def model_card(runtime: Runtime) -> Card:
-    """The live view the state routes are given."""
-
-    async def run_selftest() -> SelfTestReport:
-        try:
-            runtime.last_report = await runtime.selftest.run()
-        except ScoringFailed as error:  # golden captions that get no score are as wrong as those that get another one
-            runtime.last_report = runtime.selftest.failed(error)
-            raise
-        return runtime.last_report
-
+def card_of(runtime: Runtime) -> Card:
+    """The live view the routes are given."""
     return Card(
-        name=runtime.settings.model,
-        fingerprint=runtime.loaded.fingerprint,
-        temperature=runtime.artifact.config.calibration.temperature,
+        models=Models(
+            [
+                ModelCard(
+                    name=model.name,
+                    fingerprint=model.loaded.fingerprint,
+                    temperature=model.artifact.config.calibration.temperature,
+                    service=model.service,
+                    run_selftest=model.run_selftest,
+                )
+                for model in runtime.models.values()
+            ]
+        ),
         registry=runtime.metrics.registry,
         describe=lambda: describe(runtime),
         is_ready=lambda: runtime.ready,
         is_alive=lambda: runtime.batcher.alive,
         is_draining=lambda: runtime.draining,
-        run_selftest=run_selftest,
     )
 
 
 def describe(runtime: Runtime) -> dict[str, Any]:
-    """What `/info` shows: the model, how it runs, what was assumed, the effective settings."""
-    config = runtime.artifact.config
+    """What `/info` shows: the first model, how it runs, every model, the effective settings."""
+    first = _described(runtime.first)
     return {
         "version": __version__,
-        "model": {
-            "name": runtime.settings.model,
-            "fingerprint": runtime.loaded.fingerprint,
-            "takes_images": runtime.loaded.model.takes_images,
-            **config.model_dump(mode="json", exclude={"files"}),
-            "assumed": list(runtime.artifact.assumed),
-        },
+        "model": first["model"],
         "runtime": {
-            "device": runtime.loaded.device,
-            "dtype": runtime.loaded.dtype,
-            "lora": runtime.settings.lora,
+            **first["runtime"],
             "deterministic": runtime.settings.deterministic,
             "compile": runtime.settings.compile,
-            "attention": attention_ways(runtime.loaded.model),
             "hardware": runtime.hardware.as_dict(),
-            "prepacked_layers": runtime.engine.num_prepacked,
             "budgets": runtime.budgets.as_dict(),
             "libraries": {name: version(name) for name in _LIBRARIES},
         },
-        "selftest": runtime.last_report.as_dict() if runtime.last_report else None,
-        "startcheck": [asdict(finding) for finding in runtime.findings],
+        "selftest": first["selftest"],
+        "startcheck": first["startcheck"],
+        "models": {name: _described(model) for name, model in runtime.models.items()},
         "ready": runtime.ready,
         "warnings": warnings(runtime.settings),
         "settings": runtime.settings.redacted(),
+    }
+
+
+def _described(model: ServedModel) -> dict[str, Any]:
+    """A model's card: what it is, what was assumed, how it is computed, what its checks said."""
+    loaded = model.loaded
+    return {
+        "model": {
+            "name": model.name,
+            "fingerprint": loaded.fingerprint,
+            "takes_images": loaded.model.takes_images,
+            **model.artifact.config.model_dump(mode="json", exclude={"files"}),
+            "assumed": list(model.artifact.assumed),
+        },
+        "runtime": {
+            "device": loaded.device,
+            "dtype": loaded.dtype,
+            "lora": loaded.lora,
+            "attention": attention_ways(loaded.model),
+            "prepacked_layers": model.engine.num_prepacked,
+        },
+        "selftest": model.last_report.as_dict() if model.last_report else None,
+        "startcheck": [asdict(finding) for finding in model.findings],
     }
 
 
@@ -153,7 +165,8 @@ def _announce(runtime: Runtime, listener: socket.socket) -> None:
     log.info("settings: %s", runtime.settings.redacted())
     for warning in warnings(runtime.settings):
         log.warning("%s", warning)
-    head = f"Punchline {__version__} serves {runtime.settings.model} on {address}  ({runtime.loaded.fingerprint[:12]})"
+    models = ", ".join(f"{model.name} ({model.loaded.fingerprint[:12]})" for model in runtime.models.values())
+    head = f"Punchline {__version__} serves {models} on {address}"
     tell(f"\n{head}\n\nOpen {address}/ in a browser, or try it here:\n{_try_line(runtime, address)}\n")
 
 
@@ -168,7 +181,7 @@ def tell(text: str) -> None:
 
 def _try_line(runtime: Runtime, address: str) -> str:
     """A curl line that works as printed: two golden captions of the artifact, or its card if it has none."""
-    golden = runtime.selftest.golden
+    golden = runtime.first.selftest.golden
     key = ["-H", "Authorization: Bearer YOUR_KEY"] if runtime.settings.api_keys else []
     item = golden.items[0] if golden else None
     if item is None or item.image is None:
@@ -176,7 +189,7 @@ def _try_line(runtime: Runtime, address: str) -> str:
     ranked = sorted(zip(item.scores, item.captions, strict=True))
     parts = [
         "-F",
-        f"image=@{runtime.artifact.root / item.image}",
+        f"image=@{runtime.first.artifact.root / item.image}",
         "--form-string",
         f"a={ranked[-1][1]}",
         "--form-string",

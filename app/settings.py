@@ -17,6 +17,7 @@ MIN_KEY_CHARACTERS = 16
 MIN_DISTINCT_CHARACTERS = 6  # of a key; 24 times the same letter is long and no secret
 MAX_PIXELS = 89_478_485  # above it Pillow warns of a bomb
 DECODABLE = {"JPEG", "PNG", "WEBP", "BMP", "GIF"}
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}")
 _GUESSABLE = re.compile(r"(?:(?:change[-_]?me|default|password|secret|punchline|api|key)[-_.]?)+\d{0,4}", re.IGNORECASE)
 
 
@@ -25,8 +26,15 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
-    model: str = Field("demo", description="The artifact to serve: a directory, a Hub id (`owner/name@revision`), `demo` or `newyorker`.")
-    base_model: str | None = Field(None, description="Where the base model lies, if not where the artifact says.")
+    model: str = Field(
+        "demo",
+        description="The artifact to serve: a directory, a Hub id (`owner/name@revision`), `demo` or `newyorker`; or name=ARTIFACT.",
+    )
+    models: str = Field(
+        "",
+        description="Further artifacts to serve beside it: name=ARTIFACT,name=ARTIFACT; a request names the one it wants as `model`.",
+    )
+    base_model: str | None = Field(None, description="Where the base model lies, if not where the artifacts say; of every model.")
     offline: bool = Field(False, description="Never ask the Hub; serve from local files and its cache only.")
     require_pinned: bool = Field(
         False, description="Refuse a model or base that is a Hub id without its commit (`owner/name@` and 40 hex digits)."
@@ -35,7 +43,10 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Number format of the backbone; auto takes the artifact's on a GPU and float32 on a CPU."
     )
-    lora: Literal["merged", "unmerged"] = Field("merged", description="Fold the adapter into the base at load, or keep it apart.")
+    lora: Literal["auto", "merged", "unmerged"] = Field(
+        "auto",
+        description="Fold each adapter into its base at load, or keep it apart, so that models share a base; auto: apart where they can.",
+    )
     num_threads: int = Field(
         0, ge=0, le=512, description="Threads of the matrix library; 0 takes the processors this process or its container may use."
     )
@@ -113,6 +124,14 @@ class Settings(BaseSettings):
     )
 
     @property
+    def artifacts(self) -> dict[str, str]:
+        """What is served: the artifact of each name, the first model first. One that is given no name has its artifact's."""
+        first, separator, rest = self.model.partition("=")
+        is_named = bool(separator) and "/" not in first  # `runs/step=7` is a directory
+        further = [entry.strip().partition("=") for entry in self.models.split(",") if entry.strip()]
+        return {first if is_named else self.model: rest if is_named else self.model} | {name: place for name, _, place in further}
+
+    @property
     def formats(self) -> tuple[str, ...]:
         return tuple(name.strip().upper() for name in self.image_formats.split(",") if name.strip())
 
@@ -123,10 +142,24 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        self._check_models()
         self._check_sizes()
         self._check_times()
         self._check_keys()
         return self
+
+    def _check_models(self) -> None:
+        """A name is in requests and in labels of metrics, and stands for one model."""
+        entries = [entry.strip() for entry in self.models.split(",") if entry.strip()]
+        for entry in entries:
+            name, separator, place = entry.partition("=")
+            if not separator or not place or not MODEL_NAME.fullmatch(name):
+                raise ValueError(f"models: expected name=ARTIFACT, the name at most 64 letters, digits and ._-/, found {entry!r}")
+        if len(self.artifacts) < 1 + len(entries):
+            raise ValueError("models: two models have the same name")
+        first, place = next(iter(self.artifacts.items()))
+        if first != self.model and not (place and MODEL_NAME.fullmatch(first)):
+            raise ValueError(f"model: expected name=ARTIFACT, the name at most 64 letters, digits and ._-, found {self.model!r}")
 
     def _check_sizes(self) -> None:
         if self.max_batch_tokens > self.max_queue_tokens:

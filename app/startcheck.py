@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from app.artifacts import Golden, GoldenItem, RewardModelConfig, recipe_sha256
-from app.batching import Batcher
 from app.contracts import EncodedGroup, Group, GroupEncoder, RgbImage
 from app.golden import GoldenCase, GoldenInput, asked_prompt, ids_sha256, pixel_libraries, pixels_sha256
+from app.lanes import Queue
 from app.preference import probability
 from app.settings import MAX_PIXELS
 
@@ -273,7 +273,7 @@ class Margins:
 
 
 async def live(
-    batcher: Batcher,
+    batcher: Queue,
     encoder: GroupEncoder,
     item: GoldenItem | GoldenInput,
     scored: Scored,

@@ -19,7 +19,7 @@ from PIL import Image
 
 from app.admission import Admission
 from app.api import create_app
-from app.api.card import Card
+from app.api.card import Card, ModelCard, Models
 from app.artifacts import RewardModelConfig
 from app.batching import Batcher
 from app.caches import ByteBoundedCache
@@ -177,8 +177,14 @@ class Served:
     batcher: Batcher
 
     def metric(self, name: str, **labels: str) -> float:
-        """A sample's value; 0 when nothing was counted yet."""
-        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+        return sample(self.metrics, name, **labels)
+
+
+def sample(metrics: Metrics, name: str, **labels: str) -> float:
+    """A metric's value, over all models unless one is named; 0 for labels never used."""
+    summed = {"model"} - labels.keys()
+    found = (each for family in metrics.registry.collect() for each in family.samples if each.name == name)
+    return sum(each.value for each in found if {label: value for label, value in each.labels.items() if label not in summed} == labels)
 
 
 @asynccontextmanager
@@ -199,7 +205,7 @@ async def serving(
         async with batcher:
             encoder = encoder or FakeEncoder(takes_images=takes_images)
             service = service_of(settings, metrics, encoder, batcher, admission, pool, expected)
-            app = create_app(service, settings, _card(settings, metrics, state, encoder), metrics)
+            app = create_app(settings, _card(settings, metrics, state, service), metrics)
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://punchline", headers=headers) as client:
                 yield Served(app, client, scorer, metrics, settings, state, batcher)
@@ -220,7 +226,7 @@ def service_of(
         encoder=encoder,
         batcher=batcher,
         admission=admission,
-        limits=_limits(settings),
+        limits=limits_of(settings),
         image_store=ByteBoundedCache[bytes]("images", settings.image_store_bytes, len, metrics),
         pixel_cache=ByteBoundedCache[EncodedImage]("pixels", settings.pixel_cache_bytes, lambda image: image.num_bytes, metrics),
         pool=pool,
@@ -230,7 +236,7 @@ def service_of(
     )
 
 
-def _limits(settings: Settings) -> ImageLimits:
+def limits_of(settings: Settings) -> ImageLimits:
     return ImageLimits(
         max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
@@ -240,18 +246,15 @@ def _limits(settings: Settings) -> ImageLimits:
     )
 
 
-def _card(settings: Settings, metrics: Metrics, state: FakeState, encoder: FakeEncoder) -> Card:
+def _card(settings: Settings, metrics: Metrics, state: FakeState, service: ScoringService) -> Card:
     async def run_selftest() -> SelfTestReport:
         return state.report
 
     return Card(
-        name="fake",
-        fingerprint=FINGERPRINT,
-        temperature=1.0,
+        models=Models([ModelCard("fake", FINGERPRINT, 1.0, service, run_selftest)]),
         registry=metrics.registry,
-        describe=lambda: {"model": {"fingerprint": FINGERPRINT, "takes_images": encoder.takes_images}, "settings": settings.redacted()},
+        describe=lambda: {"model": {"fingerprint": FINGERPRINT, "takes_images": service.takes_images}, "settings": settings.redacted()},
         is_ready=lambda: state.ready,
         is_alive=lambda: state.alive,
         is_draining=lambda: state.draining,
-        run_selftest=run_selftest,
     )

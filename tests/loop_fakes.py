@@ -18,7 +18,7 @@ from app.batching import Batcher
 from app.contracts import EncodedGroup, EncodedImage, Explanation, Group, Ids, RgbImage, Scorer, Scores
 from app.errors import ApiError, OutOfMemory, Unavailable
 from app.metrics import Metrics
-from tests.fakes import CAPTION_END, FakeEncoder, oracle_score
+from tests.fakes import CAPTION_END, FakeEncoder, oracle_score, sample
 
 PATIENCE_S = 20.0  # only a broken test waits so long
 RAISE, NAN, INFINITE, SHORT, BUSY = "<raise>", "<nan>", "<inf>", "<short>", "<busy>"  # captions that meet this fault on the device
@@ -185,11 +185,6 @@ class Bench:
     def queued(self) -> tuple[float, float]:
         """Captions and tokens admitted and not given back."""
         return self.sample("reward_queue_items"), self.sample("reward_queue_tokens")
-
-
-def sample(metrics: Metrics, name: str, **labels: str) -> float:
-    """A metric's value; 0 for labels never used."""
-    return metrics.registry.get_sample_value(name, labels) or 0.0
 
 
 @asynccontextmanager

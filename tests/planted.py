@@ -30,6 +30,7 @@ from app.encoding import load_encoder
 from app.errors import StartRefused
 from app.main import started
 from app.model import RewardModel, load_model
+from app.served import Parts
 from app.settings import Settings
 from tests.tiny import HIDDEN, copy_artifact, edit_json, edit_tensors, give_head, picture, write_published
 
@@ -91,7 +92,7 @@ async def _start(root: Path, fault: Planted) -> None:
     if fault.in_memory is not None:
         with torch.no_grad():
             fault.in_memory(loaded.model)
-    async with started(settings, opened, encoder, loaded) as runtime:
+    async with started(settings, [Parts(settings.model, opened, encoder, loaded)]) as runtime:
         if not runtime.ready:
             raise StartRefused("not ready")
 

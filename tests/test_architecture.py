@@ -56,11 +56,13 @@ TABLE = (
         "heads",
         "bases",
         "adapters",
+        "sharing",
         "model",
         "engine",
         "admission",
         "dispatch",
         "batching",
+        "lanes",
         "geometry",
         "hardware",
     ),
@@ -89,7 +91,7 @@ TABLE = (
         "api.dialects.routes",
         "api",
     ),
-    ("connections", "draining", "main", "proof", "serving"),
+    ("connections", "draining", "served", "main", "proof", "serving"),
     (
         "client.errors",
         "client.pictures",
@@ -130,11 +132,12 @@ MAY_LOAD_HEAVY = {
         "heads",
         "bases",
         "adapters",
+        "sharing",
         "model",
         "engine",
         "scoring",
     )
-} | {"app.main", "app.converting", "app.inspecting", "app.geometry", "app.hardware", *(f"app.{name}" for name in BENCH)}
+} | {"app.served", "app.main", "app.converting", "app.inspecting", "app.geometry", "app.hardware", *(f"app.{name}" for name in BENCH)}
 MAY_LOAD_HEAVY_LATE = {"app.cli"}
 LOADS_HEAVY_BY_IMPORT = MAY_LOAD_HEAVY | {"app.serving"}
 TRAINING_MAY_IMPORT = {

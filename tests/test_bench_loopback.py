@@ -29,7 +29,7 @@ def loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
 
 
 def test_bytes_and_id_score_alike_with_the_key_of_the_settings(loopback: Loopback) -> None:
-    request = Workload(load_encoder(loopback.runtime.artifact), LIMITS).request(3)
+    request = Workload(load_encoder(loopback.runtime.first.artifact), LIMITS).request(3)
     with Client(loopback) as client:
         scores, image_id = client.send_bytes(request)
         again = client.send_id(image_id, request)
@@ -40,7 +40,7 @@ def test_bytes_and_id_score_alike_with_the_key_of_the_settings(loopback: Loopbac
 
 
 def test_what_the_server_refuses_is_told(loopback: Loopback) -> None:
-    request = Workload(load_encoder(loopback.runtime.artifact), LIMITS, seed=1).request(1)
+    request = Workload(load_encoder(loopback.runtime.first.artifact), LIMITS, seed=1).request(1)
     with Client(loopback) as client, pytest.raises(ScoringFailed, match="answered 404: no image with this id"):
         client.send_id("sha256:" + "0" * 64, request)
 

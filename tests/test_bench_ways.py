@@ -54,12 +54,12 @@ def loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
 
 @pytest.fixture
 def who(loopback: Loopback) -> Iterator[Contestants]:
-    artifact = loopback.runtime.artifact
+    artifact = loopback.runtime.first.artifact
     baseline = load_model(artifact, device="cpu", dtype="float32").model
     workload = Workload(load_encoder(artifact), LIMITS, seed=next(SEEDS))  # the server remembers pictures of earlier tests
     with Client(loopback) as client:
         yield Contestants(
-            baseline, loopback.runtime.scorer, client, workload, Shapes.of(baseline.backbone.config), torch.device("cpu"), lambda: 1e9
+            baseline, loopback.runtime.first.scorer, client, workload, Shapes.of(baseline.backbone.config), torch.device("cpu"), lambda: 1e9
         )
 
 

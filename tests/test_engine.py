@@ -547,8 +547,8 @@ def test_what_is_kept_agrees_with_what_is_computed_again_in_other_company(
     for batch in (asked[:1], asked[1:2], asked, asked[::-1], asked[1:]):
         run(scorer, world.groups(batch))
     for name in ("features", "prefixes", "scores"):
-        assert metrics.registry.get_sample_value("reward_cache_audits_total", {"cache": name}) > 0  # type: ignore[operator]
-        assert not metrics.registry.get_sample_value("reward_cache_audit_mismatches_total", {"cache": name})
+        assert sample(metrics, "reward_cache_audits_total", cache=name) > 0
+        assert not sample(metrics, "reward_cache_audit_mismatches_total", cache=name)
 
 
 def test_agreement(worlds: Worlds) -> None:

@@ -82,6 +82,7 @@ STABLE = {
     "url_not_allowed": 403,
     "not_found": 404,
     "image_unknown": 404,
+    "model_unknown": 404,
     "method_not_allowed": 405,
     "head_timeout": 408,
     "body_timeout": 408,

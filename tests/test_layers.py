@@ -333,7 +333,7 @@ async def test_a_server_compiles_at_start_and_in_no_request(published: Path) -> 
         told = describe(runtime)["runtime"]
         for number, size in enumerate([(90, 60), (400, 300), (30, 200)]):
             asked = GroupRequest(("x", "the penguin " * (number + 1), ""), image=picture(*size, number), prompt="Be kind. " * number)
-            assert (await runtime.service.score([asked], timeout_s=60))[0].scores
+            assert (await runtime.first.service.score([asked], timeout_s=60))[0].scores
         assert num_compiled() == before
     assert told["compile"]
     assert told["attention"] == {"text": "cpu", "images": "cpu"}

@@ -12,6 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.metrics import Metrics
+from tests.fakes import sample
 
 APP = Path(__file__).parents[1] / "app"
 PARTS = {name: part for name, part in vars(Metrics()).items() if name != "registry"}
@@ -108,15 +109,15 @@ def test_label_values_written_in_the_code_are_in_the_help() -> None:
 
 def test_two_servers_in_one_process_do_not_collide() -> None:
     one, other = Metrics(), Metrics()
-    one.nonfinite.inc()
-    assert one.registry.get_sample_value("reward_nonfinite_total") == 1
-    assert other.registry.get_sample_value("reward_nonfinite_total") == 0
+    one.nonfinite.labels("demo").inc()
+    assert sample(one, "reward_nonfinite_total") == 1
+    assert sample(other, "reward_nonfinite_total") == 0
 
 
 def test_the_exposition_can_be_read_back() -> None:
     metrics = Metrics()
-    metrics.items.labels("scored").inc(3)
+    metrics.items.labels("demo", "scored").inc(3)
     families = {family.name: family for family in text_string_to_metric_families(generate_latest(metrics.registry).decode())}
     (sample,) = [each for each in families["reward_items"].samples if each.name == "reward_items_total"]
-    assert (sample.labels, sample.value) == ({"outcome": "scored"}, 3)
+    assert (sample.labels, sample.value) == ({"model": "demo", "outcome": "scored"}, 3)
     assert "process_cpu_seconds" in families

@@ -67,15 +67,15 @@ async def test_a_right_server_is_ready_once_the_item_came_back(artifact: Path, s
     async with runtime_of(artifact, **settings) as runtime:
         assert not runtime.ready
         assert len(await served_until_proved(runtime)) == 1
-        finding = runtime.findings[-1]
+        finding = runtime.first.findings[-1]
         assert (finding.check, finding.passed) == ("D15 http", True)
         assert finding.message.startswith("1 golden" if settings.get("max_captions") == 1 else "3 golden")
 
 
 async def test_a_server_that_answers_something_else_over_http_is_refused(artifact: Path) -> None:
     async with runtime_of(artifact) as runtime:
-        runtime.selftest.scored = tuple(
-            Scored(tuple(score + 1e-3 for score in item.expected), item.found) for item in runtime.selftest.scored
+        runtime.first.selftest.scored = tuple(
+            Scored(tuple(score + 1e-3 for score in item.expected), item.found) for item in runtime.first.selftest.scored
         )
         with pytest.raises(ArtifactInvalid, match=r"check D15 http: 3 golden scores over HTTP, largest difference 1\.0\de-03"):
             await served_until_proved(runtime)
@@ -84,9 +84,9 @@ async def test_a_server_that_answers_something_else_over_http_is_refused(artifac
 
 async def test_a_golden_item_that_the_settings_refuse_is_not_sent(artifact: Path) -> None:
     async with runtime_of(artifact, max_caption_bytes=16, max_prompt_bytes=16) as runtime:
-        runtime.selftest.asked[runtime.smallest_case].captions[:] = ["far longer than sixteen bytes"] * 3
+        runtime.first.selftest.asked[runtime.first.smallest_case].captions[:] = ["far longer than sixteen bytes"] * 3
         await served_until_proved(runtime)
-        assert runtime.findings[-1].message == "not run: the settings refuse a golden item of this size over HTTP"
+        assert runtime.first.findings[-1].message == "not run: the settings refuse a golden item of this size over HTTP"
 
 
 async def test_nobody_listens(artifact: Path) -> None:

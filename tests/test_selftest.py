@@ -38,8 +38,8 @@ def copy(full: Path, tmp_path: Path) -> Path:
 async def report_of(root: Path, **settings: object) -> SelfTestReport:
     async with running(Settings(model=str(root), offline=True, **settings)) as runtime:  # type: ignore[arg-type]
         assert runtime.ready
-        assert runtime.last_report is not None
-        return runtime.last_report
+        assert runtime.first.last_report is not None
+        return runtime.first.last_report
 
 
 def golden_of(root: Path) -> Golden:
@@ -163,6 +163,6 @@ async def test_a_golden_picture_that_went_away(copy: Path) -> None:
 
 async def test_it_can_run_again_while_serving(full: Path) -> None:
     async with running(Settings(model=str(full), offline=True)) as runtime:
-        first, second = await runtime.selftest.run(), await runtime.selftest.run()
-        assert first == second == runtime.last_report
+        first, second = await runtime.first.selftest.run(), await runtime.first.selftest.run()
+        assert first == second == runtime.first.last_report
         assert isinstance(runtime, Runtime)

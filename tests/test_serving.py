@@ -58,7 +58,7 @@ async def test_the_card_tells_what_decides_the_last_bits(tmp_path: Path) -> None
         "compile": False,
     }
     assert told["attention"] == {"text": "cpu"}
-    assert told["prepacked_layers"] == runtime.engine.num_prepacked > 0
+    assert told["prepacked_layers"] == runtime.first.engine.num_prepacked > 0
     assert told["hardware"]["num_threads"] == 1
 
 

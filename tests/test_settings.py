@@ -163,6 +163,9 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     *(({"api_key": key}, ("api_key", "guessed", "openssl")) for key in GUESSABLE),
     ({"api_key": f"{KEY},{GUESSABLE[0]}"}, ("api_key", "guessed")),
     ({"require_auth": True}, ("require_auth", "api_key")),
+    ({"models": "a=one,nameless"}, ("models", "name=ARTIFACT", "'nameless'")),
+    ({"models": "a=one,a=two"}, ("models", "same name")),
+    ({"model": "a b=one"}, ("model", "name=ARTIFACT")),
 ]
 
 
@@ -268,3 +271,32 @@ def test_more_runs_than_a_scrape_can_bear_are_refused() -> None:
     assert Settings(max_runs=128).max_runs == 128
     with pytest.raises(ValueError, match="max_runs"):
         Settings(max_runs=129)
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ({}, {"demo": "demo"}),
+        ({"model": "humor=/models/humor"}, {"humor": "/models/humor"}),
+        ({"model": "/models/step=7"}, {"/models/step=7": "/models/step=7"}),
+        ({"model": "./step=7"}, {"./step=7": "./step=7"}),
+        ({"models": "a=one, org/b.c-d_e = two=2 ,"}, None),
+        ({"models": "a=one, org/b.c-d_e=two=2 ,"}, {"demo": "demo", "a": "one", "org/b.c-d_e": "two=2"}),
+        ({"model": "x=one", "models": "y=owner/name@main"}, {"x": "one", "y": "owner/name@main"}),
+        ({"model": "demo", "models": "demo=other"}, None),
+        ({"models": "=one"}, None),
+        ({"models": "a="}, None),
+        ({"models": f"{'a' * 65}=one"}, None),
+        ({"models": f"{'a' * 64}=one"}, {"demo": "demo", "a" * 64: "one"}),
+        ({"models": "a~b=one"}, None),
+        ({"models": "-a=one"}, None),
+        ({"model": "=one"}, None),
+        ({"model": "a="}, None),
+    ],
+)
+def test_every_model_has_a_name_of_its_own(flags: dict[str, Any], found: dict[str, str] | None) -> None:
+    """None: refused."""
+    if found is None:
+        assert fault(**flags).startswith("model")
+    else:
+        assert list(load_settings(**flags).artifacts.items()) == list(found.items())

@@ -441,7 +441,7 @@ async def test_golden_items_without_pictures(written: dict, tmp_path: Path, vari
     assert opened.assumed == ()
     assert not (target / "golden").exists()
     async with running(Settings(model=str(target), offline=True)) as runtime:
-        report = await runtime.selftest.run()
+        report = await runtime.first.selftest.run()
     assert (report.passed, report.kind, report.num_scores) == (True, "golden", sum(len(item.captions) for item in golden.items))
 
 

@@ -83,6 +83,17 @@ def give_head(artifact: Path, spec: HeadSpec, *, seed: int = 0) -> None:
     edit_json(artifact / "reward_model_config.json", head=spec.model_dump(), files={})
 
 
+def write_sibling(artifact: Path, target: Path, *, seed: int, **changes: Any) -> Path:
+    """Another artifact on the base of a published one, with an adapter and a head of its own. `changes` go to the configuration."""
+    torch.manual_seed(seed)
+    shutil.copytree(artifact / "processor", target / "processor")
+    write_adapter(target, AutoModel.from_pretrained(artifact.parent / "base", dtype=torch.float32))
+    torch.save({"weight": torch.randn(1, HIDDEN) / HIDDEN**0.5}, target / "reward_head.pt")
+    config = json.loads((artifact / "reward_model_config.json").read_bytes())
+    (target / "reward_model_config.json").write_text(json.dumps(config | changes))
+    return target
+
+
 def write_adapter(artifact: Path, backbone: Any, targets: str = "all-linear") -> None:
     """A random LoRA that changes something."""
     adapted = get_peft_model(backbone, LoraConfig(r=4, lora_alpha=8, target_modules=targets, bias="none"))

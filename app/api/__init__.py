@@ -24,12 +24,11 @@ from app.api.runs import RunRoutes
 from app.api.schemas import CompareRequest, RankRequest, ScoreRequest, json_schema
 from app.errors import ApiError, MethodNotAllowed, NotFound, RequestError
 from app.metrics import Metrics
-from app.service import ScoringService
 from app.settings import Settings
 
 
-def create_app(service: ScoringService, settings: Settings, card: Card, metrics: Metrics) -> FastAPI:
-    """The application; opening and closing what it uses is the caller's business."""
+def create_app(settings: Settings, card: Card, metrics: Metrics) -> FastAPI:
+    """The application around the models of a card; opening and closing what it uses is the caller's business."""
     app = FastAPI(
         title="Punchline",
         version=__version__,
@@ -42,16 +41,16 @@ def create_app(service: ScoringService, settings: Settings, card: Card, metrics:
     pages = [page.route() for page in read_pages()]
     app.router.routes.extend(pages)
     routers = [
-        Routes(service, settings, card).router(),
-        DialectRoutes(service, settings, card, ERRORS).router(),
-        RunRoutes(service.monitors.runs).router(),
+        Routes(settings, card).router(),
+        DialectRoutes(settings, card.models, ERRORS).router(),
+        RunRoutes(card.models.first.service.monitors.runs).router(),
     ]
     paths = frozenset(route.path for part in (app.router, *routers) for route in part.routes if isinstance(route, Route))
     for router in routers:
         app.include_router(router)
     app.add_middleware(
         Envelope,
-        fingerprint=card.fingerprint,
+        fingerprint=card.models.first.fingerprint,
         api_keys=settings.api_keys,
         metrics=metrics,
         paths=paths,

@@ -44,6 +44,7 @@ class Exchange:
     held: HeldBody
     unread: bool
     route: str = UNMATCHED
+    fingerprint: str = ""  # of the model it asks, which signs the answer
     caller: str = ""  # the name of the key it showed
     status: int = 500
     started: bool = False
@@ -55,6 +56,7 @@ class Envelope:
 
     `paths` are the application's routes, as the router has them (`/runs/{run_id}`): metrics name these and nothing else that a
     client may ask for, and a public path opens what the router gives to that route and nothing else. The `counted` ones score.
+    `fingerprint`: of the model that signs what names none.
     """
 
     def __init__(
@@ -89,7 +91,8 @@ class Envelope:
             return
         route = self._route(scope["path"])
         headers = Headers(scope=scope)
-        exchange = Exchange(_request_id(headers), Timing(), time.monotonic(), self._room.open(), _announces_body(headers), route)
+        held, unread = self._room.open(), _announces_body(headers)
+        exchange = Exchange(_request_id(headers), Timing(), time.monotonic(), held, unread, route, self._fingerprint)
         scope.setdefault("state", {})["exchange"] = exchange
         with self._metrics.http_active.labels(route).track_inprogress(), exchange.held:
             if route in self._counted:
@@ -150,7 +153,7 @@ class Envelope:
                 exchange.status, exchange.started = message["status"], True
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = exchange.request_id
-                headers["X-Model-Fingerprint"] = self._fingerprint
+                headers["X-Model-Fingerprint"] = exchange.fingerprint
                 headers["Server-Timing"] = _server_timing(exchange)
                 if self._is_draining() or exchange.unread:  # it is about to go, or what it still holds would be read for nothing
                     headers["Connection"] = "close"

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from app.api.bodies import BodyLimits, Part, media_type, parse_json, parse_multipart, read_body
+from app.api.card import ModelCard, Models
 from app.api.middleware import exchange_of
 from app.api.schemas import CAPTION_NAMES, RUN_ID, Options, Strict
 from app.contracts import Conversation, Turn
@@ -141,6 +142,13 @@ def check_caption_size(caption: str, field: str, settings: Settings, index: int 
     """Raises CaptionTooLarge."""
     if len(caption.encode()) > settings.max_caption_bytes:
         raise CaptionTooLarge(f"the caption is larger than {settings.max_caption_bytes} bytes", field=field, index=index)
+
+
+def model_of(request: Request, models: Models, name: str | None, num_captions: int = 0) -> ModelCard:
+    """The model that a request names, which signs its answer from now on. Raises ModelUnknown."""
+    model = models.named(name, num_captions)
+    exchange_of(request.scope).fingerprint = model.fingerprint
+    return model
 
 
 def check_fingerprint(options: Options, loaded: str) -> None:

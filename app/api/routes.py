@@ -11,10 +11,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import PlainTextResponse, Response
 
 from app.api.answers import JsonAnswer
-from app.api.card import Card
+from app.api.card import Card, ModelCard
 from app.api.leaving import unless_gone
 from app.api.middleware import exchange_of
-from app.api.requests import check_fingerprint, group_request, read_image, read_request, run_id_of, timeout_s
+from app.api.requests import check_fingerprint, group_request, model_of, read_image, read_request, run_id_of, timeout_s
 from app.api.schemas import (
     CAPTIONS_EXAMPLE,
     IMAGE_EXAMPLE,
@@ -40,13 +40,13 @@ from app.api.schemas import (
 )
 from app.errors import InvalidRequest, NotReady
 from app.preference import compare, rank
-from app.service import GroupRequest, GroupResult, OnItemError, ScoringService
+from app.service import GroupRequest, GroupResult, OnItemError
 from app.settings import Settings
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "The body cannot be read."},
     401: {"model": ErrorAnswer, "description": "A key is needed."},
-    404: {"model": ErrorAnswer, "description": "`image_unknown`: send the image's bytes."},
+    404: {"model": ErrorAnswer, "description": "`image_unknown`: send the image's bytes. `model_unknown`: none of this name is served."},
     412: {"model": ErrorAnswer, "description": "Another model is loaded than `expect_fingerprint`."},
     413: {"model": ErrorAnswer, "description": "Larger than a limit."},
     415: {"model": ErrorAnswer, "description": "Neither JSON nor multipart, or an image format that is not allowed."},
@@ -77,7 +77,7 @@ _PAIR_EXAMPLE = {"image": IMAGE_EXAMPLE, "a": CAPTIONS_EXAMPLE[0], "b": CAPTIONS
 _FILE = {"type": "string", "format": "binary"}
 _TEXT = {"type": "string"}
 _CAPTIONS = {"type": "array", "items": _TEXT, "minItems": 1, "description": "Repeat the part once a caption."}
-_FORM_OPTIONS = {"expect_fingerprint": _TEXT, "timeout_ms": {"type": "integer", "minimum": 1}, "run_id": _RUN}
+_FORM_OPTIONS = {"model": _TEXT, "expect_fingerprint": _TEXT, "timeout_ms": {"type": "integer", "minimum": 1}, "run_id": _RUN}
 _SCORE_BODY = _body(
     "ScoreRequest",
     {
@@ -115,8 +115,7 @@ class _MetricsText(PlainTextResponse):
 class Routes:
     """The handlers, given what they need once."""
 
-    def __init__(self, service: ScoringService, settings: Settings, card: Card) -> None:
-        self._service = service
+    def __init__(self, settings: Settings, card: Card) -> None:
         self._settings = settings
         self._card = card
 
@@ -166,9 +165,9 @@ class Routes:
         """One group gives `scores`; several in `groups` give `groups`, in the same order."""
         asked, image = await read_request(request, ScoreRequest, self._settings)
         lists = [asked.captions or [], *(group.captions for group in asked.groups or [])]
-        with self._checks(asked, sum(map(len, lists))) as deadline:
+        with self._checks(request, asked, sum(map(len, lists))) as (model, deadline):
             wanted, run_id = self._groups(asked, image), run_id_of(request, asked.run_id)
-        results = await self._score(request, wanted, deadline, run_id, asked.on_item_error, asked.explain)
+        results = await self._score(request, model, wanted, deadline, run_id, asked.on_item_error, asked.explain)
         if asked.groups is None:
             return JsonAnswer(ScoreAnswer(**_group_fields(results[0], asked.on_item_error), **self._signature(request)))
         answers = [
@@ -180,11 +179,11 @@ class Routes:
     async def compare(self, request: Request) -> Response:
         """Both captions are scored alone, so there is no position bias: swapping them mirrors the answer exactly."""
         asked, image = await read_request(request, CompareRequest, self._settings)
-        with self._checks(asked, 2) as deadline:
+        with self._checks(request, asked, 2) as (model, deadline):
             wanted, run_id = group_request(asked, (asked.a, asked.b), image, "", self._settings), run_id_of(request, asked.run_id)
-        (result,) = await self._score(request, [wanted], deadline, run_id)
+        (result,) = await self._score(request, model, [wanted], deadline, run_id)
         score_a, score_b = _all_scores(result)
-        found = compare(score_a, score_b, self._card.temperature)
+        found = compare(score_a, score_b, model.temperature)
         return JsonAnswer(
             CompareAnswer(
                 preferred=found.preferred,
@@ -199,9 +198,9 @@ class Routes:
     async def rank(self, request: Request) -> Response:
         """Best first; equal scores share a rank and are marked."""
         asked, image = await read_request(request, RankRequest, self._settings)
-        with self._checks(asked, len(asked.captions)) as deadline:
+        with self._checks(request, asked, len(asked.captions)) as (model, deadline):
             wanted, run_id = group_request(asked, asked.captions, image, "", self._settings), run_id_of(request, asked.run_id)
-        (result,) = await self._score(request, [wanted], deadline, run_id)
+        (result,) = await self._score(request, model, [wanted], deadline, run_id)
         ranking = [
             RankedCaption(
                 rank=place.rank,
@@ -211,16 +210,18 @@ class Routes:
                 win_probability=place.win_probability,
                 tied=place.tied,
             )
-            for place in rank(_all_scores(result), self._card.temperature)
+            for place in rank(_all_scores(result), model.temperature)
         ]
         return JsonAnswer(RankAnswer(ranking=ranking, **_common_fields(result), **self._signature(request)))
 
     async def put_image(self, request: Request) -> Response:
-        """Raw bytes or a multipart part named `image`; checked and decoded now, so that later requests only name it."""
+        """Raw bytes or a multipart part named `image`; checked and decoded now, so that later requests only name it, to any model.
+
+        `tokens` are those of the first model that takes images.
+        """
         data, caller = await read_image(request, self._settings), exchange_of(request.scope).caller
-        stored = await unless_gone(
-            request, self._service.add_image(data, timeout_s=self._settings.default_timeout_ms / 1000, caller=caller)
-        )
+        service = self._card.models.seeing.service
+        stored = await unless_gone(request, service.add_image(data, timeout_s=self._settings.default_timeout_ms / 1000, caller=caller))
         return JsonAnswer(
             ImageAnswer(
                 image_id=stored.image_id,
@@ -231,10 +232,15 @@ class Routes:
             )
         )
 
-    async def selftest(self, request: Request) -> Response:
-        """Scores the artifact's golden items through the real queue and compares."""
-        report = await self._card.run_selftest()
-        answer = SelfTestAnswer(**report.as_dict(), **self._signature(request))
+    async def selftest(self, request: Request, model: str | None = None) -> Response:
+        """Scores the artifact's golden items through the real queue and compares; of every model, unless one is named."""
+        models = list(self._card.models) if model is None else [self._card.models.named(model)]
+        reports = {each.name: await each.run_selftest() for each in models}
+        shown = next((each for each in models if not reports[each.name].passed), models[0])
+        report = reports[shown.name]
+        several = {} if len(models) == 1 else {"models": {name: each.as_dict() for name, each in reports.items()}}
+        exchange_of(request.scope).fingerprint = shown.fingerprint
+        answer = SelfTestAnswer(**report.as_dict(), **several, **self._signature(request))
         return JsonAnswer(answer, status_code=200 if report.passed else 500)
 
     async def livez(self) -> Response:
@@ -258,11 +264,12 @@ class Routes:
         return _MetricsText(generate_latest(self._card.registry))
 
     @contextmanager
-    def _checks(self, asked: Options, num_captions: int) -> Iterator[float]:
-        """For what can still be wrong with a request that could be read; gives the seconds until its deadline."""
-        with self._service.refusing(num_captions):
-            check_fingerprint(asked, self._card.fingerprint)
-            yield timeout_s(asked, self._settings)
+    def _checks(self, request: Request, asked: Options, num_captions: int) -> Iterator[tuple[ModelCard, float]]:
+        """For what can still be wrong with a request that could be read; gives its model and the seconds until its deadline."""
+        model = model_of(request, self._card.models, asked.model, num_captions)
+        with model.service.refusing(num_captions):
+            check_fingerprint(asked, model.fingerprint)
+            yield model, timeout_s(asked, self._settings)
 
     def _groups(self, asked: ScoreRequest, image: bytes | None) -> list[GroupRequest]:
         if asked.groups is None:
@@ -274,6 +281,7 @@ class Routes:
     async def _score(
         self,
         request: Request,
+        model: ModelCard,
         groups: list[GroupRequest],
         deadline: float,
         run_id: str | None,
@@ -281,7 +289,7 @@ class Routes:
         explain: bool = False,
     ) -> list[GroupResult]:
         exchange = exchange_of(request.scope)
-        work = self._service.score(
+        work = model.service.score(
             groups,
             timeout_s=deadline,
             on_item_error=on_item_error,
@@ -293,7 +301,8 @@ class Routes:
         return await unless_gone(request, work)
 
     def _signature(self, request: Request) -> dict[str, str]:
-        return {"model_fingerprint": self._card.fingerprint, "request_id": exchange_of(request.scope).request_id}
+        exchange = exchange_of(request.scope)
+        return {"model_fingerprint": exchange.fingerprint, "request_id": exchange.request_id}
 
 
 def _common_fields(result: GroupResult) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def _one_prompt(prompt: str | None, messages: list[Message] | None) -> None:
 class Options(Strict):
     """What every scoring request may add."""
 
+    model: Text | None = Field(None, description="Which of the served models scores, as `/v1/models` names it; default: the first.")
     expect_fingerprint: Text | None = Field(None, description="Answer 412 unless exactly this model is loaded.")
     timeout_ms: int | None = Field(None, ge=1, description="Deadline; later than this the answer is 503.")
     run_id: Text | None = Field(
@@ -235,13 +236,19 @@ class ImageAnswer(Answer):
     request_id: str
 
 
-class SelfTestAnswer(Signed):
+class SelfTestReport(Answer):
     passed: bool
     kind: Literal["golden", "probe"]
     num_scores: int
     max_error: float
     tolerance: float
     message: str
+
+
+class SelfTestAnswer(SelfTestReport, Signed):
+    """Of one model: the first that failed, else the first."""
+
+    models: dict[str, SelfTestReport] | None = Field(None, description="Where several were asked: every one's report.")
 
 
 class RunNumbers(Answer):

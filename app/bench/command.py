@@ -109,6 +109,7 @@ def bench_settings(model: str, dtype: Dtype, *, deterministic: bool | None = Non
     """The environment's settings for a server that refuses nothing the bench asks."""
     return load_settings(
         model=model,
+        models="",
         dtype=None if dtype == "auto" else dtype,
         deterministic=deterministic,
         max_timeout_ms=_TIMEOUT_MS,

@@ -20,9 +20,10 @@ from app.contracts import Scorer
 from app.encoding import load_encoder
 from app.errors import SettingsInvalid
 from app.hardware import Hardware, find_hardware
-from app.main import Runtime, build_scorer, image_limits
+from app.main import Runtime
 from app.metrics import Metrics
 from app.model import load_model, resolve_device, resolve_dtype
+from app.served import build_scorer, image_limits
 from app.settings import Settings
 
 _NO_SCORES = {"score_cache_bytes": 0}  # a kept score would be told again in every company
@@ -54,16 +55,16 @@ def run_noise(settings: Settings, num_groups: int, report: Callable[[str], None]
     report("starting the server")
     with serving(settings.model_copy(update={"deterministic": False, **_NO_SCORES})) as loopback:
         runtime = loopback.runtime
-        found = measure_noise(runtime.scorer, deterministic_scorer(runtime), subjects, truth, device, report)
+        found = measure_noise(runtime.first.scorer, deterministic_scorer(runtime), subjects, truth, device, report)
         shape = f"{shapes.layers} text layers of {shapes.hidden}, {shapes.vision_layers} vision layers"
-        heading = f"{shape}, {runtime.loaded.dtype} against float32, {num_groups} groups of 16 captions"
+        heading = f"{shape}, {runtime.first.loaded.dtype} against float32, {num_groups} groups of 16 captions"
         return NoiseRun(found, find_hardware(device), heading)
 
 
 def deterministic_scorer(runtime: Runtime) -> Scorer:
     """As the server would have it with PUNCHLINE_DETERMINISTIC, over the model that is loaded already."""
     settings = runtime.settings.model_copy(update={"deterministic": True})
-    return build_scorer(settings, runtime.engine, load_encoder(runtime.artifact), runtime.budgets, runtime.loaded, Metrics())
+    return build_scorer(runtime.first.parts, runtime.first.engine, settings, runtime.budgets, Metrics())
 
 
 def _float32_subjects(

@@ -136,7 +136,7 @@ def measure_overhead(loopback: Loopback, scorer: Scorer, workload: Workload, num
 
 
 def _direct(scorer: Scorer, group: EncodedGroup, loopback: Loopback) -> tuple[float, Scores]:
-    return timed(lambda: scorer.score(scorer.prepare([group]))[0], torch.device(loopback.runtime.loaded.device))
+    return timed(lambda: scorer.score(scorer.prepare([group]))[0], torch.device(loopback.runtime.first.loaded.device))
 
 
 def summarise(model: str, served: list[tuple[float, Scores]], direct: list[tuple[float, Scores]]) -> Overhead:

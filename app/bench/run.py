@@ -24,8 +24,9 @@ from app.contracts import Scorer
 from app.encoding import load_encoder
 from app.errors import SettingsInvalid
 from app.hardware import find_hardware
-from app.main import Runtime, image_limits
+from app.main import Runtime
 from app.model import RewardModel, load_model
+from app.served import image_limits
 from app.settings import Settings
 
 MIN_FREE = 1.1  # of the weights, for a second copy of them
@@ -51,10 +52,10 @@ def run_ways(plan: Plan, report: Callable[[str], None], announce: Callable[[str]
     report("starting the server")
     with serving(plan.settings) as loopback:
         runtime = loopback.runtime
-        device = torch.device(runtime.loaded.device)
-        shapes = Shapes.of(read_base_config(runtime.artifact.base_path))
+        device = torch.device(runtime.first.loaded.device)
+        shapes = Shapes.of(read_base_config(runtime.first.artifact.base_path))
         report("measuring the machine's matrix rate")
-        dtype = getattr(torch, runtime.loaded.dtype)
+        dtype = getattr(torch, runtime.first.loaded.dtype)
         rate = measure_rate(shapes, dtype, device)
         report("loading the model a second time, as it is")
         baseline, load_s = load_baseline(runtime)
@@ -74,8 +75,8 @@ def run_ways(plan: Plan, report: Callable[[str], None], announce: Callable[[str]
                 shapes.layers,
                 shapes.vision_layers,
                 shapes.hidden,
-                runtime.loaded.dtype,
-                runtime.loaded.fingerprint,
+                runtime.first.loaded.dtype,
+                runtime.first.loaded.fingerprint,
                 tokens,
                 plan.rounds,
             ),
@@ -91,29 +92,29 @@ def run_ways(plan: Plan, report: Callable[[str], None], announce: Callable[[str]
 
 def load_baseline(runtime: Runtime) -> tuple[RewardModel | None, float | None]:
     """The same artifact as transformers loads it, and the seconds that took, hashes included; None where it does not fit."""
-    device = torch.device(runtime.loaded.device)
-    free, needed = free_bytes(device), weights_bytes(runtime.artifact.base_path, runtime.loaded.dtype)
+    device = torch.device(runtime.first.loaded.device)
+    free, needed = free_bytes(device), weights_bytes(runtime.first.artifact.base_path, runtime.first.loaded.dtype)
     if free is not None and free < MIN_FREE * needed:
         return None, None
     settings, began = runtime.settings, time.perf_counter()
     artifact = open_artifact(settings.model, base_model=settings.base_model, offline=settings.offline)
-    loaded = load_model(artifact, device=runtime.loaded.device, dtype=runtime.loaded.dtype, lora=settings.lora)
+    loaded = load_model(artifact, device=runtime.first.loaded.device, dtype=runtime.first.loaded.dtype, lora=settings.lora)
     return loaded.model, time.perf_counter() - began
 
 
 def make_source(runtime: Runtime, wanted: Wanted) -> Source:
     """By the artifact's own encoder. Raises SettingsInvalid for lengths that belong to text-only models, or do not fit the artifact."""
-    encoder = load_encoder(runtime.artifact)
+    encoder = load_encoder(runtime.first.artifact)
     if not encoder.takes_images:
         return Conversations(encoder, wanted)
     if wanted != AS_USUAL:
-        raise SettingsInvalid(f"{runtime.artifact.root}: --conversation-tokens and --response-tokens belong to text-only models")
+        raise SettingsInvalid(f"{runtime.first.artifact.root}: --conversation-tokens and --response-tokens belong to text-only models")
     return Workload(encoder, image_limits(runtime.settings))
 
 
 def scorer_of(runtime: Runtime) -> Scorer:
     """The server's own, to be called while the server is idle."""
-    return runtime.scorer
+    return runtime.first.scorer
 
 
 def count_tokens(workload: Source) -> Tokens:
@@ -130,5 +131,5 @@ def _overhead(plan: Plan, loopback: Loopback) -> Overhead:
 
 def _overhead_of(loopback: Loopback, num_pairs: int) -> Overhead:
     runtime = loopback.runtime
-    workload = Workload(load_encoder(runtime.artifact), image_limits(runtime.settings), seed=1)
+    workload = Workload(load_encoder(runtime.first.artifact), image_limits(runtime.settings), seed=1)
     return measure_overhead(loopback, scorer_of(runtime), workload, num_pairs)

@@ -37,15 +37,16 @@ class RewardClient:
         fingerprint: str | None = None,
         limits: Limits | None = None,
         run_id: str | None = None,
+        model: str | None = None,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`deadline_s`: of a call, all attempts together; `attempt_s`: of one of them.
 
         `fingerprint`: the model that must answer; None: the one that answers first, from then on. `run_id`: the training run the
-        scores are for; the server draws it at `/runs/` and this id. Raises ValueError.
+        scores are for; the server draws it at `/runs/` and this id. `model`: which of the server's; None: its first. Raises ValueError.
         """
-        self._terms = Terms(base_urls(urls), api_key, deadline_s, attempt_s, limits or Limits(), run_id)
+        self._terms = Terms(base_urls(urls), api_key, deadline_s, attempt_s, limits or Limits(), run_id, model)
         self._transport = transport
         self._sleep = sleep
         self._start(fingerprint)
@@ -116,7 +117,7 @@ class RewardClient:
     def _post(self, url: str, request: Request, call: Call) -> dict[str, Any]:
         for picture in request.pictures:
             self._send_once(url, picture, call)
-        body = request.as_json(call.left_s, self._expected.fingerprint)
+        body = request.as_json(call.left_s, self._expected.fingerprint, self._terms.model)
         told = self._exchange("POST", url + request.route, call, request.headers, body)
         return self._expected.check(told, request)
 

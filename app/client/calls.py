@@ -59,6 +59,7 @@ class Terms:
     attempt_s: float
     limits: Limits
     run_id: str | None = None  # the training run that the server's monitors count the scores to
+    model: str | None = None  # which of the server's models is asked; None: its first
 
     def __post_init__(self) -> None:
         """Raises ValueError."""

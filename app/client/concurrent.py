@@ -47,12 +47,13 @@ class AsyncRewardClient:
         fingerprint: str | None = None,
         limits: Limits | None = None,
         run_id: str | None = None,
+        model: str | None = None,
         num_requests: int = 32,
         transport: httpx.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """As `RewardClient`; `num_requests`: at once from one event loop, the others wait within their deadline. Raises ValueError."""
-        self._terms = Terms(base_urls(urls), api_key, deadline_s, attempt_s, limits or Limits(), run_id)
+        self._terms = Terms(base_urls(urls), api_key, deadline_s, attempt_s, limits or Limits(), run_id, model)
         self._num_requests = num_requests
         self._transport = transport
         self._sleep = sleep
@@ -137,7 +138,7 @@ class AsyncRewardClient:
     async def _post(self, local: _Local, url: str, request: Request, call: Call) -> dict[str, Any]:
         for picture in request.pictures:
             await self._send_once(local, url, picture, call)
-        body = request.as_json(call.left_s, self._expected.fingerprint)
+        body = request.as_json(call.left_s, self._expected.fingerprint, self._terms.model)
         told = await self._exchange(local, "POST", url + request.route, call, request.headers, body)
         return self._expected.check(told, request)
 

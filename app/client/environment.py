@@ -30,6 +30,7 @@ class Told:
     missing: Missing = "whole"
     refused: Refused = "raise"
     run_id: str | None = None
+    model: str | None = None
 
     def __post_init__(self) -> None:
         base_urls(self.urls)
@@ -50,7 +51,7 @@ class Told:
     @property
     def terms(self) -> dict[str, Any]:
         """Of a client, threaded or not."""
-        return {name: getattr(self, name) for name in ("api_key", "deadline_s", "attempt_s", "fingerprint", "run_id")}
+        return {name: getattr(self, name) for name in ("api_key", "deadline_s", "attempt_s", "fingerprint", "run_id", "model")}
 
 
 def told(**given: Any) -> Told:

@@ -75,13 +75,16 @@ class Request:
     def headers(self) -> dict[str, str]:
         return {"X-Request-Id": self.request_id, "Content-Type": "application/json"}
 
-    def as_json(self, left_s: float, fingerprint: str | None) -> bytes:
-        """The body of an attempt that has this long, to be answered by this model only; by any where it is None.
+    def as_json(self, left_s: float, fingerprint: str | None, model: str | None = None) -> bytes:
+        """The body of an attempt that has this long, to be answered by the model of this fingerprint only; by any where it is None.
+
+        `model`: the name of the one that is asked.
 
         In ASCII: half a surrogate pair in a caption is for the server to refuse, as that caption's fault.
         """
-        timed = {**self.body, "timeout_ms": max(1, int(1000 * left_s))}
-        return json.dumps(timed if fingerprint is None else timed | {"expect_fingerprint": fingerprint}).encode("ascii")
+        options = {"timeout_ms": max(1, int(1000 * left_s)), "expect_fingerprint": fingerprint, "model": model}
+        given = {name: value for name, value in options.items() if value is not None}
+        return json.dumps({**self.body, **given}).encode("ascii")
 
 
 def parts_of(groups: Sequence[Group], limits: Limits) -> list[Part]:

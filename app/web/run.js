@@ -5,7 +5,7 @@ import { poll } from "./polling.js";
 const HEIGHT = 210;
 const EDGE = { left: 54, right: 12, top: 12, bottom: 38 };
 const ID = location.pathname.split("/").pop(); // as it stands in the address: a run's id has nothing to decode
-const IS_ID = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/.test(ID);
+const IS_ID = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(~[A-Za-z0-9._~-]{1,64})?$/.test(ID); // behind ~: of a model that is not the first
 
 let shown = null; // what is drawn now
 let drawnWidth = 0;

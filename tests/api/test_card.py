@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client import CollectorRegistry
 
-from app.api.card import Card
+from app.api.card import Card, ModelCard, Models
 from app.selftest import SelfTestReport
 
 
@@ -17,17 +17,14 @@ async def _run() -> SelfTestReport:
 async def test_the_card_asks_the_process_every_time() -> None:
     state = {"ready": False, "alive": True}
     card = Card(
-        name="demo",
-        fingerprint="f",
-        temperature=1.0,
+        models=Models([ModelCard("demo", "f", 1.0, object(), _run)]),  # type: ignore[arg-type]
         registry=CollectorRegistry(),
         describe=lambda: dict(state),
         is_ready=lambda: state["ready"],
         is_alive=lambda: state["alive"],
         is_draining=lambda: False,
-        run_selftest=_run,
     )
     assert (card.ready, card.alive, card.as_dict()) == (False, True, {"ready": False, "alive": True})
     state["ready"], state["alive"] = True, False
     assert (card.ready, card.alive, card.as_dict()) == (True, False, {"ready": True, "alive": False})
-    assert (await card.run_selftest()).passed
+    assert (await card.models.first.run_selftest()).passed

@@ -109,7 +109,7 @@ FAULTS: dict[str, tuple[str, Any, int, str, str | None]] = {
     "a file URL": ("/score", score_with(image="file:///etc/passwd"), 422, "url_scheme_not_allowed", "image"),
     "a web address": ("/score", score_with(image="http://169.254.169.254/latest"), 403, "url_not_allowed", "image"),
 }  # fmt: skip
-FORBIDDEN_FIELDS = ("temperature", "model", "template", "chat_template", "dtype", "max_pixels", "adapter", "images", "processor_kwargs")
+FORBIDDEN_FIELDS = ("temperature", "template", "chat_template", "dtype", "max_pixels", "adapter", "images", "processor_kwargs")
 FOREIGN_FIELDS = ("image_index", "ids", "priority")  # of other APIs: groups carry their own image and their own id, and nobody goes first
 
 

@@ -252,3 +252,15 @@ def test_the_scores_of_a_run_are_in_its_monitors(kind: Kind, server: Wire) -> No
         asked.compare(CARTOON, "first", "second")
     assert server.served.metric("reward_run_score_count", run="grpo-7") == len(CAPTIONS) + 2 + 2
     assert server.served.metric("reward_run_group_score_stddev_count", run="grpo-7") == 3
+
+
+@both
+def test_a_model_that_is_named_is_asked_with_every_route(kind: Kind, server: Wire) -> None:
+    with asking(kind, url_of(server), model="fake") as asked:
+        assert asked.score(CARTOON, CAPTIONS) == expected_scores(CARTOON, CAPTIONS)
+        assert [asked.compare(CARTOON, "a", "b").score_a, asked.rank(CARTOON, ["a"])[0].score] == expected_scores(CARTOON, ["a", "a"])
+    with asking(kind, url_of(server), model="other") as asked:
+        for ask in (lambda: asked.score(CARTOON, CAPTIONS), lambda: asked.compare(CARTOON, "a", "b"), lambda: asked.rank(CARTOON, ["a"])):
+            with pytest.raises(Refused) as refused:
+                ask()
+            assert (refused.value.status, refused.value.code, refused.value.field) == (404, "model_unknown", "model")

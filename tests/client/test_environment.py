@@ -46,10 +46,11 @@ def test_everything_can_be_told() -> None:
         missing="none",
         refused="-5",
         run_id="grpo-7",
+        model="humor",
     )
     found = told()
-    assert found == Told("http://a, http://b/", "key", 30.0, 1.5, "f", "none", -5.0, "grpo-7")
-    assert found.terms["run_id"] == "grpo-7"
+    assert found == Told("http://a, http://b/", "key", 30.0, 1.5, "f", "none", -5.0, "grpo-7", "humor")
+    assert (found.terms["run_id"], found.terms["model"]) == ("grpo-7", "humor")
     assert found.urls == ["http://a", "http://b/"]
     assert found.rules.may_give_none
     assert "key'" not in repr(found)

@@ -182,7 +182,7 @@ def test_cases_have_only_series_that_exist() -> None:
     ],
 )
 def test_a_faulty_rule_is_seen(change: dict[str, Any], fault: str) -> None:
-    assert rule_faults({**ALERTS["PunchlineNonfiniteScore"], **change}) == [fault]
+    assert rule_faults({**ALERTS["PunchlineDrainStuck"], **change}) == [fault]
 
 
 def test_a_rule_without_its_cases_is_seen() -> None:

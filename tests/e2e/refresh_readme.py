@@ -11,15 +11,15 @@ import sys
 from pathlib import Path
 
 from tests.e2e.server import environment, started
-from tests.e2e.test_readme import ADDRESS, README, ROOT, steps
+from tests.e2e.test_readme import ADDRESS, README, ROOT, SEVERAL, steps
 
 
 def main() -> None:
     text = README
     variables = {**environment(), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "100"}
-    with started() as server:
+    with started() as server, started("--models", "newyorker=newyorker") as several:
         for step in steps():
-            command = step.command.replace(ADDRESS, server.url)
+            command = step.command.replace(ADDRESS, (several if SEVERAL.search(step.command) else server).url)
             done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, env=variables, check=True)
             found = "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
             text = text.replace(f"{step.command}\n{step.output}", f"{step.command}\n{found}", 1)

@@ -20,7 +20,8 @@ from tests.e2e.server import Server, environment, started
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:8000"
-VARYING = {"request_id", "model_fingerprint", "first_seen_s", "last_seen_s"}
+VARYING = {"request_id", "model_fingerprint", "fingerprint", "created", "first_seen_s", "last_seen_s"}
+SEVERAL = re.compile(r"/v1/models|model=newyorker")  # what asks the server of the section on several models
 NOT_RUN_HERE = {"docker", "git", "cd"}  # need an engine or the network; `deploy/` says what was built
 
 
@@ -54,15 +55,21 @@ def server() -> Iterator[Server]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def several() -> Iterator[Server]:
+    with started("--models", "newyorker=newyorker") as running:
+        yield running
+
+
 def test_there_is_something_to_run() -> None:
     assert any("/score" in step.command for step in STEPS)
     assert any("/compare" in step.command for step in STEPS)
 
 
 @pytest.mark.parametrize("step", STEPS, ids=[step.command[:60].replace("\n", " ") for step in STEPS])
-def test_console_block(step: Step, server: Server) -> None:
+def test_console_block(step: Step, server: Server, several: Server) -> None:
     binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = step.command.replace(ADDRESS, server.url)
+    command = step.command.replace(ADDRESS, (several if SEVERAL.search(step.command) else server).url)
     variables = {**environment(), "PATH": binaries, "COLUMNS": "100"}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=120, env=variables, check=False)
     assert done.returncode == 0, done.stderr

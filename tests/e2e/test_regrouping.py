@@ -40,7 +40,7 @@ async def post(client: httpx.AsyncClient, image: bytes, captions: tuple[str, ...
 
 
 async def computed(client: httpx.AsyncClient) -> float:
-    found = re.search(r'^reward_tokens_total\{kind="computed"\} (\S+)$', (await client.get("/metrics")).text, re.MULTILINE)
+    found = re.search(r'^reward_tokens_total\{kind="computed",model="[^"]*"\} (\S+)$', (await client.get("/metrics")).text, re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 

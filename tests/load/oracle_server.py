@@ -16,13 +16,14 @@ from starlette.types import ASGIApp
 
 from app.admission import Admission
 from app.api import create_app
-from app.api.card import Card
+from app.api.card import Card, ModelCard, Models
 from app.batching import Batcher
 from app.connections import guarded_config
 from app.draining import DrainingServer, bind
 from app.errors import DeviceBroken
 from app.metrics import Metrics
 from app.selftest import SelfTestReport
+from app.service import ScoringService
 from app.settings import Settings, load_settings
 from tests.fakes import FakeEncoder, FakeState, service_of
 from tests.load.oracle_device import DIE, FAULTS, HANG, HUGE, NAN, RAISE, SHORT, STICKY, Cost, FaultPlan, build_device
@@ -71,7 +72,7 @@ async def _serve(ordered: Ordered, journal: TextIO | None) -> None:
     with ThreadPoolExecutor(settings.num_encode_threads) as pool:
         async with batcher:
             service = service_of(settings, metrics, FakeEncoder(), batcher, admission, pool)
-            app: ASGIApp = create_app(service, settings, _card(settings, metrics, state, batcher, ordered), metrics)
+            app: ASGIApp = create_app(settings, _card(settings, metrics, state, batcher, service, ordered), metrics)
             app = PlantedHttp(app, ordered.plant) if ordered.plant in IN_HTTP else app
             server = _server(app, settings, metrics, batcher, state, ordered)
             await server.serve(sockets=[listener])
@@ -79,20 +80,17 @@ async def _serve(ordered: Ordered, journal: TextIO | None) -> None:
                 raise server.fault
 
 
-def _card(settings: Settings, metrics: Metrics, state: FakeState, batcher: Batcher, ordered: Ordered) -> Card:
+def _card(settings: Settings, metrics: Metrics, state: FakeState, batcher: Batcher, service: ScoringService, ordered: Ordered) -> Card:
     async def run_selftest() -> SelfTestReport:
         return state.report
 
     return Card(
-        name="oracle",
-        fingerprint=ordered.fingerprint,
-        temperature=1.0,
+        models=Models([ModelCard("oracle", ordered.fingerprint, 1.0, service, run_selftest)]),
         registry=metrics.registry,
         describe=lambda: {"settings": settings.redacted()},
         is_ready=lambda: batcher.alive and not state.draining,
         is_alive=lambda: batcher.alive,
         is_draining=lambda: state.draining,
-        run_selftest=run_selftest,
     )
 
 

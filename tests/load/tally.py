@@ -102,8 +102,13 @@ def difference(before: Samples, after: Samples, tally: Tally) -> list[str]:
     received = _grown(before, after, "reward_requests_received_total", "endpoint"), _grown(before, after, "reward_items_received_total")
     if [sum(each.values()) for each in received] != [tally.num_sent, tally.items.total()]:
         faults.append(f"received: counted {received}, sent {tally.num_sent} and {tally.items.total()}")
-    gauges = {name: after.get(name, 0.0) for name in _AT_REST}
+    gauges = {name: whole(after, name) for name in _AT_REST}
     return faults + [f"{name} is {value:g} at rest" for name, value in gauges.items() if value]
+
+
+def whole(samples: Samples, name: str) -> float:
+    """A metric over all its labels."""
+    return sum(value for key, value in samples.items() if key.partition("{")[0] == name)
 
 
 def grown(before: Samples, after: Samples, name: str, outcome: str = "") -> int:

@@ -138,8 +138,8 @@ def test_it_serves_the_scores_of_training(tiny: TinyRun, run: Path, exported: Pa
 @pytest.mark.anyio
 async def test_a_server_starts_on_it(exported: Path) -> None:
     async with running(load_settings(model=str(exported), offline=True)) as runtime:
-        assert runtime.last_report is not None
-        assert (runtime.last_report.kind, runtime.last_report.num_scores) == ("golden", 18)
+        assert runtime.first.last_report is not None
+        assert (runtime.first.last_report.kind, runtime.first.last_report.num_scores) == ("golden", 18)
         assert runtime.ready
 
 

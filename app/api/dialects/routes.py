@@ -9,26 +9,35 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.api.answers import JsonAnswer
-from app.api.card import Card
+from app.api.card import ModelCard, Models
 from app.api.dialects.asked import Asked, Asking, Item, Scored, grouped
 from app.api.dialects.table import DIALECTS, Dialect
+from app.api.dialects.wire import Engine, Peer
 from app.api.leaving import unless_gone
 from app.api.middleware import exchange_of
-from app.api.requests import check_caption_size, check_fingerprint, check_prompt_size, read_json, read_options, run_id_of, timeout_s
+from app.api.requests import (
+    check_caption_size,
+    check_fingerprint,
+    check_prompt_size,
+    model_of,
+    read_json,
+    read_options,
+    run_id_of,
+    timeout_s,
+)
 from app.api.schemas import Options
-from app.errors import ApiError, CaptionTooLarge, TooManyItems
-from app.service import GroupRequest, GroupResult, OnItemError, ScoringService
+from app.errors import ApiError, CaptionTooLarge, InvalidRequest, TooManyItems
+from app.service import GroupRequest, GroupResult, OnItemError
 from app.settings import Settings
 
 
 class DialectRoutes:
     """The handlers, given what they need once."""
 
-    def __init__(self, service: ScoringService, settings: Settings, card: Card, errors: dict[int | str, dict[str, Any]]) -> None:
+    def __init__(self, settings: Settings, models: Models, errors: dict[int | str, dict[str, Any]]) -> None:
         """`errors`: what the schema says of answers other than scores."""
-        self._service = service
         self._settings = settings
-        self._card = card
+        self._models = models
         self._errors = errors
         self._since = int(time.time())
 
@@ -51,9 +60,10 @@ class DialectRoutes:
         return router
 
     async def models(self) -> Response:
-        """The one model that is loaded."""
-        model = {"id": self._card.name, "object": "model", "created": self._since, "owned_by": "punchline", "root": self._card.name}
-        return JsonAnswer({"object": "list", "data": [model]})
+        """The models that are loaded, the first one first, each with its fingerprint."""
+        same = {"object": "model", "created": self._since, "owned_by": "punchline"}
+        data = [{"id": model.name, **same, "root": model.name, "fingerprint": model.fingerprint} for model in self._models]
+        return JsonAnswer({"object": "list", "data": data})
 
     def _handler(self, dialect: Dialect) -> Any:
         async def handle(request: Request) -> Response:
@@ -63,16 +73,32 @@ class DialectRoutes:
 
     async def _answer(self, request: Request, dialect: Dialect) -> Response:
         options, params = read_options(request, dialect.params)
-        asking = Asking(self._service.takes_images, self._settings.max_captions, params)
-        asked = await read_json(request, dialect.body, self._settings, lambda told: dialect.read(told, asking))
-        with self._service.refusing(len(asked.items)):
-            check_fingerprint(options, self._card.fingerprint)
+
+        def read(told: Peer) -> tuple[ModelCard, Asking, Asked]:
+            model = model_of(request, self._models, self._wanted_model(told, options))
+            asking = Asking(model.service.takes_images, self._settings.max_captions, params)
+            return model, asking, dialect.read(told, asking)
+
+        model, asking, asked = await read_json(request, dialect.body, self._settings, read)
+        with model.service.refusing(len(asked.items)):
+            check_fingerprint(options, model.fingerprint)
             deadline, run_id = self._deadline(options, dialect), run_id_of(request, options.run_id)
             requests, places = self._requests(asked, asking.refused)
-        self._service.count_left_out(len(asked.items) - len(places))
+        model.service.count_left_out(len(asked.items) - len(places))
         rule: OnItemError = "fail" if asking.refused is None else "null"
-        results = await self._score(request, requests, deadline, rule, run_id, holds=dialect.patience_s is not None) if requests else []
-        return JsonAnswer(asked.answer(self._scored(request, asked, results, places, asking.refused)))
+        holds = dialect.patience_s is not None
+        results = await self._score(request, model, requests, deadline, rule, run_id, holds=holds) if requests else []
+        return JsonAnswer(asked.answer(self._scored(request, model, asked, results, places, asking.refused)))
+
+    def _wanted_model(self, told: Peer, options: Options) -> str | None:
+        """By the address, or by the body where several are served: else its `model` is whatever its client writes.
+
+        Raises InvalidRequest where they differ.
+        """
+        named = told.model if isinstance(told, Engine) and len(self._models) > 1 else None
+        if named is not None and options.model is not None and named != options.model:
+            raise InvalidRequest("the body names another model than the address", field="model")
+        return named if options.model is None else options.model
 
     def _deadline(self, options: Options, dialect: Dialect) -> float:
         """No longer than a stopping server takes to answer what it accepted."""
@@ -106,10 +132,18 @@ class DialectRoutes:
         return True
 
     async def _score(
-        self, request: Request, requests: list[GroupRequest], deadline: float, rule: OnItemError, run_id: str | None, *, holds: bool
+        self,
+        request: Request,
+        model: ModelCard,
+        requests: list[GroupRequest],
+        deadline: float,
+        rule: OnItemError,
+        run_id: str | None,
+        *,
+        holds: bool,
     ) -> list[GroupResult]:
         exchange = exchange_of(request.scope)
-        work = self._service.score(
+        work = model.service.score(
             requests,
             timeout_s=deadline,
             on_item_error=rule,
@@ -120,14 +154,16 @@ class DialectRoutes:
         )
         return await unless_gone(request, work)
 
-    def _scored(self, request: Request, asked: Asked, results: list[GroupResult], places: list[int], refused: float | None) -> Scored:
+    def _scored(
+        self, request: Request, model: ModelCard, asked: Asked, results: list[GroupResult], places: list[int], refused: float | None
+    ) -> Scored:
         """`refused` stands for what has no score; there is none without it, since one caption then fails all."""
         found = dict(zip(places, (score for result in results for score in result.scores), strict=True))
         scores = [refused if found.get(place) is None else found[place] for place in range(len(asked.items))]
         return Scored(
             scores=tuple(_number(score) for score in scores),
             num_tokens=sum(result.num_tokens for result in results),
-            model=self._card.name,
+            model=model.name,
             request_id=exchange_of(request.scope).request_id,
             created=int(time.time()),
         )

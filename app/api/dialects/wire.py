@@ -113,7 +113,7 @@ Texts = Annotated[list[Text], BeforeValidator(_as_list, json_schema_input_type=T
 
 
 class Engine(Peer):
-    """What clients of inference engines add. `model` is theirs to write: one model is loaded, and `/v1/models` names it."""
+    """What clients of inference engines add. `model` is theirs to write while one model is loaded; of several it names one."""
 
     model: Text | None = None
     use_activation: bool | None = Field(None, description="true: the sigmoid of the score; else the raw score.")
