@@ -158,7 +158,7 @@ async def test_what_is_known_of_one_model_is_unknown_to_the_other(roots: dict[st
             assert grown == [[len(CAPTIONS), len(CAPTIONS)], [0, 1], [0, 1], [1, 1]]
         # another long edge: other pixels, fewer tokens
         assert usages[1][0]["tokens"] < usages[0][0]["tokens"]
-        assert served.counted("reward_cache_entries", "", cache="images") == 1
+        assert served.counted("reward_cache_entries", "", cache="images") == 2  # once for all models: this picture and the golden one
 
 
 async def test_the_state_routes_tell_of_every_model(roots: dict[str, Path]) -> None:
