@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -69,9 +70,9 @@ def make_artifact(folder: Path, head: HeadSpec | None = None) -> Path:
     return convert(str(published), folder / "artifact", base_model=None, inputs=inputs, offline=True, progress=lambda step: None)
 
 
-async def refusal(artifact: Path, work: Path, fault: Planted) -> str | None:
+async def refusal(artifact: Path, work: Path, fault: Planted, copy: Callable[[Path, Path], Path] = copy_artifact) -> str | None:
     """The line that refuses the start of a copy with the fault in it; None if it became ready."""
-    root = copy_artifact(artifact, work)
+    root = copy(artifact, work)
     if fault.on_disk is not None:
         fault.on_disk(root)
     if fault.rehash:
@@ -365,18 +366,25 @@ async def _table() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table, num_ready = Table("fault", "caught by", title_justify="left"), 0
-    for head, faults in ((None, PLANTED), (TWO_LAYERS, PLANTED_IN_TWO_LAYERS)):
+    from tests.planted_kinds import PLANTED_IN_KINDS, copy_kind, make_kind
+
+    sorts: list[tuple[str, Callable[[Path], Path], Callable[[Path, Path], Path], dict[str, Planted]]] = [
+        ("lora_head", make_artifact, copy_artifact, PLANTED),
+        ("two layers", partial(make_artifact, head=TWO_LAYERS), copy_artifact, PLANTED_IN_TWO_LAYERS),
+        *((kind, partial(make_kind, kind), copy_kind, faults) for kind, faults in PLANTED_IN_KINDS.items()),
+    ]
+    table, num_ready = Table("model", "fault", "caught by", title_justify="left"), 0
+    for sort, make, copy, faults in sorts:
         with tempfile.TemporaryDirectory() as name:
-            artifact = make_artifact(Path(name), head)
-            if await refusal(artifact, Path(name) / "control", Planted("nothing")) is not None:
-                raise RuntimeError("the untouched artifact is refused")
+            artifact = make(Path(name))
+            if await refusal(artifact, Path(name) / "control", Planted("nothing"), copy) is not None:
+                raise RuntimeError(f"the untouched artifact is refused ({sort})")
             for number, (fault, planted) in enumerate(faults.items()):
-                line = await refusal(artifact, Path(name) / str(number), planted)
+                line = await refusal(artifact, Path(name) / str(number), planted, copy)
                 num_ready += line is None
-                table.add_row(fault, "REACHED READY" if line is None else check_of(line)[:90])
+                table.add_row(sort, fault, "REACHED READY" if line is None else check_of(line)[:90])
     Console(width=150).print(table)
-    num_faults = len(PLANTED) + len(PLANTED_IN_TWO_LAYERS)
+    num_faults = sum(len(faults) for *_, faults in sorts)
     sizes = f"hidden size {HIDDEN}, 2 layers, float32"
     print(f"reached ready: {num_ready} of {num_faults} planted faults ({sizes}); the untouched models: ready")
     return num_ready

@@ -9,6 +9,7 @@ import torch
 
 from app.errors import DeviceBroken
 from tests.planted import PLANTED, PLANTED_IN_TWO_LAYERS, TWO_LAYERS, Planted, make_artifact, refusal, scoring
+from tests.planted_kinds import PLANTED_IN_KINDS, copy_kind, make_kind
 
 pytestmark = pytest.mark.anyio
 
@@ -44,6 +45,23 @@ async def test_a_fault_planted_in_a_two_layer_head_is_refused(two_layers: Path, 
     line = await refusal(two_layers, tmp_path, PLANTED_IN_TWO_LAYERS[name])
     assert line is not None, "it became ready"
     assert PLANTED_IN_TWO_LAYERS[name].expected in line
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: make_kind(name, tmp_path_factory.mktemp(name)) for name in PLANTED_IN_KINDS}
+
+
+@pytest.mark.parametrize("kind", PLANTED_IN_KINDS)
+async def test_the_untouched_kind_becomes_ready(kinds: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    assert await refusal(kinds[kind], tmp_path, Planted("nothing"), copy_kind) is None
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, faults in PLANTED_IN_KINDS.items() for name in faults])
+async def test_a_fault_planted_in_a_published_kind_is_refused(kinds: dict[str, Path], tmp_path: Path, kind: str, name: str) -> None:
+    line = await refusal(kinds[kind], tmp_path, PLANTED_IN_KINDS[kind][name], copy_kind)
+    assert line is not None, "it became ready"
+    assert PLANTED_IN_KINDS[kind][name].expected in line
 
 
 async def test_a_device_that_breaks_during_the_start_is_no_fault_of_the_model(artifact: Path, tmp_path: Path) -> None:
