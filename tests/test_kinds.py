@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from app.artifacts import CONFIG_NAME, Artifact, open_artifact
 from app.cli import app as cli
+from app.client import AsyncRewardClient
 from app.contracts import Conversation, EncodedGroup, Group, Scores, Turn
 from app.converting import convert
 from app.encoding import Encoder, load_encoder
@@ -205,6 +206,8 @@ async def test_the_server_scores_as_the_recipe_does(loaded: dict[str, Loaded], c
             pair = (await client.post("/compare", json={"messages": LONGER, "a": ANSWERS[0], "b": ANSWERS[1], **picture_of})).json()
             assert pair["margin"] == pytest.approx(expected[0] - expected[1], abs=2e-4)
             await check_refused(client, picture_of, dialogue=name == "seq_cls_adapter")
+        async with AsyncRewardClient("http://punchline", transport=transport) as asking:
+            assert await asking.score(seen, ANSWERS, LONGER) == pytest.approx(expected, abs=1e-4)
 
 
 async def check_refused(client: httpx.AsyncClient, picture_of: dict[str, str], *, dialogue: bool) -> None:

@@ -17,7 +17,7 @@ from app.client.answers import Again, Comparison, GroupScores, Ranked, read_answ
 from app.client.calls import Call, Expected, KnownPictures, Terms, base_urls, unknown_again
 from app.client.errors import ImageUnknown, Unanswered
 from app.client.pictures import Picture, Source
-from app.client.requests import Group, Limits, OnItemError, Part, Request, parts_of, score_request, single_request
+from app.client.requests import Group, Limits, OnItemError, Part, Prompt, Request, parts_of, score_request, single_request
 from app.client.results import joined, only_scores
 
 BYTES = {"Content-Type": "application/octet-stream"}
@@ -65,7 +65,7 @@ class RewardClient:
         """Of the model that answers; None before the first answer."""
         return self._expected.fingerprint
 
-    def score(self, image: Source, captions: Sequence[str], prompt: str | None = None) -> list[float]:
+    def score(self, image: Source, captions: Sequence[str], prompt: Prompt = None) -> list[float]:
         """One finite score a caption, in their order. Raises RewardError, OSError, TypeError; never a default."""
         return only_scores(self.score_groups([Group(image, captions, prompt)])[0])
 
@@ -77,19 +77,19 @@ class RewardClient:
             found += zip(batch, read_groups(told, [part.size for part in batch], may_fail=on_item_error == "null"), strict=True)
         return joined(groups, found)
 
-    def compare(self, image: Source, a: str, b: str, prompt: str | None = None) -> Comparison:
+    def compare(self, image: Source, a: str, b: str, prompt: Prompt = None) -> Comparison:
         """Which of two captions is preferred. Raises as `score`."""
         part = self._part(image, (a, b), prompt)
         return read_comparison(self._ask(single_request("/compare", part, {"a": a, "b": b})), part.image_id)
 
-    def rank(self, image: Source, captions: Sequence[str], prompt: str | None = None) -> list[Ranked]:
+    def rank(self, image: Source, captions: Sequence[str], prompt: Prompt = None) -> list[Ranked]:
         """The captions, best first. Raises as `score`, Refused for more than a server takes at a time."""
         if not captions:
             return []
         part = self._part(image, captions, prompt)
         return read_ranking(self._ask(single_request("/rank", part, {"captions": part.captions})), part.captions, part.image_id)
 
-    def _part(self, image: Source, captions: Sequence[str], prompt: str | None) -> Part:
+    def _part(self, image: Source, captions: Sequence[str], prompt: Prompt) -> Part:
         (part,) = parts_of([Group(image, captions, prompt)], Limits(captions=len(captions)))
         return part
 

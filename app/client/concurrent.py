@@ -18,7 +18,7 @@ from app.client.blocking import BYTES, KEEP_S
 from app.client.calls import Call, Expected, KnownPictures, Terms, base_urls, unknown_again
 from app.client.errors import ImageUnknown, Unanswered
 from app.client.pictures import Picture, Source
-from app.client.requests import Group, Limits, OnItemError, Part, Request, parts_of, score_request, single_request
+from app.client.requests import Group, Limits, OnItemError, Part, Prompt, Request, parts_of, score_request, single_request
 from app.client.results import joined, only_scores
 
 
@@ -82,7 +82,7 @@ class AsyncRewardClient:
         """Of the model that answers; None before the first answer."""
         return self._expected.fingerprint
 
-    async def score(self, image: Source, captions: Sequence[str], prompt: str | None = None) -> list[float]:
+    async def score(self, image: Source, captions: Sequence[str], prompt: Prompt = None) -> list[float]:
         """One finite score a caption, in their order. Raises RewardError, OSError, TypeError; never a default."""
         return only_scores((await self.score_groups([Group(image, captions, prompt)]))[0])
 
@@ -100,12 +100,12 @@ class AsyncRewardClient:
         found = read_groups(told, [part.size for part in batch], may_fail=on_item_error == "null")
         return list(zip(batch, found, strict=True))
 
-    async def compare(self, image: Source, a: str, b: str, prompt: str | None = None) -> Comparison:
+    async def compare(self, image: Source, a: str, b: str, prompt: Prompt = None) -> Comparison:
         """Which of two captions is preferred. Raises as `score`."""
         (part,) = parts_of([Group(image, (a, b), prompt)], Limits(captions=2))
         return read_comparison(await self._ask(single_request("/compare", part, {"a": a, "b": b})), part.image_id)
 
-    async def rank(self, image: Source, captions: Sequence[str], prompt: str | None = None) -> list[Ranked]:
+    async def rank(self, image: Source, captions: Sequence[str], prompt: Prompt = None) -> list[Ranked]:
         """The captions, best first. Raises as `score`, Refused for more than a server takes at a time."""
         if not captions:
             return []

@@ -11,15 +11,16 @@ from typing import Any, Literal
 from app.client.pictures import Picture, Source, read_picture
 
 OnItemError = Literal["fail", "null"]
+Prompt = str | Sequence[Mapping[str, str]] | None  # a text; the messages of a conversation, each with role and content; the model's own
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Captions of one picture. `prompt` None: the model's own."""
+    """Captions of one picture, or of one conversation. `prompt` None: the model's own."""
 
     image: Source
     captions: Sequence[str]
-    prompt: str | None = None
+    prompt: Prompt = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Part:
     first: int
     picture: Picture | None
     captions: tuple[str, ...]
-    prompt: str | None
+    prompt: Prompt
 
     @property
     def image_id(self) -> str | None:
@@ -53,7 +54,7 @@ class Part:
         return (
             {"captions": self.captions}
             | ({"image": self.image_id} if self.picture else {})
-            | ({"prompt": self.prompt} if self.prompt is not None else {})
+            | ({"prompt" if isinstance(self.prompt, str) else "messages": self.prompt} if self.prompt is not None else {})
         )
 
 
@@ -96,7 +97,16 @@ def _cut(number: int, group: Group, limits: Limits) -> Iterator[Part]:
     captions = checked_texts(group.captions)
     picture = read_picture(group.image)
     for first in range(0, len(captions), limits.captions):
-        yield Part(number, first, picture, captions[first : first + limits.captions], group.prompt)
+        yield Part(number, first, picture, captions[first : first + limits.captions], checked_prompt(group.prompt))
+
+
+def checked_prompt(prompt: Prompt) -> Prompt:
+    """Raises TypeError for what is neither a text nor messages; what they say is the server's to judge."""
+    if prompt is None or isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Mapping) or not all(isinstance(message, Mapping) for message in prompt):
+        raise TypeError("a prompt is a text, or a list of messages with role and content")
+    return [dict(message) for message in prompt]
 
 
 def checked_texts(captions: Sequence[str]) -> tuple[str, ...]:

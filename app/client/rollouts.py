@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -12,7 +13,7 @@ from app.client.columns import same
 from app.client.completions import Completion, Said, read_completion
 from app.client.errors import NoCaption
 from app.client.pictures import Source
-from app.client.requests import Group, OnItemError
+from app.client.requests import Group, OnItemError, Prompt
 
 MAX_CAPTION_BYTES = 8192  # a server's default; one that is longer has its whole request refused
 
@@ -50,7 +51,7 @@ class Row:
 
     completion: Completion
     image: Source = None
-    prompt: str | None = None
+    prompt: Prompt = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,9 @@ def _grouped(rows: Sequence[Row], places: Sequence[int]) -> tuple[tuple[int, ...
     keys = {name: same(image) for name, image in known.items()}
     found: dict[Hashable, list[int]] = {}
     for place in places:
-        found.setdefault((keys[id(rows[place].image)], rows[place].prompt), []).append(place)
+        prompt = rows[place].prompt
+        said = prompt if prompt is None or isinstance(prompt, str) else json.dumps([prompt], default=str)
+        found.setdefault((keys[id(rows[place].image)], type(prompt) is str, said), []).append(place)
     return tuple(map(tuple, found.values()))
 
 
