@@ -193,8 +193,8 @@ async def test_the_server_scores_as_the_recipe_does(loaded: dict[str, Loaded], c
     picture_of = {} if seen is None else {"image": base64.b64encode(seen).decode()}
     expected = [kind.score(at.folder, Asked(LONGER, answer, seen)) for answer in ANSWERS]
     async with running(Settings(model=str(converted[name]), offline=True)) as runtime:
-        assert runtime.last_report is not None
-        assert (runtime.last_report.kind, runtime.last_report.passed) == ("golden", True)
+        assert runtime.first.last_report is not None
+        assert (runtime.first.last_report.kind, runtime.first.last_report.passed) == ("golden", True)
         transport = httpx.ASGITransport(application(runtime))
         async with httpx.AsyncClient(transport=transport, base_url="http://punchline") as client:
             for word in ("captions", "responses"):
