@@ -256,13 +256,14 @@ def convert(
 @app.command()
 def bench(
     geometry: Annotated[
-        Literal["qwen2.5-vl-3b", "qwen2.5-vl-7b"] | None, typer.Option(help="Measure random weights in these shapes, no download.")
+        Literal["qwen2.5-vl-3b", "qwen2.5-vl-7b", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b"] | None,
+        typer.Option(help="Measure random weights in these shapes, no download; those without vl are text-only."),
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Text layers, if not all.")] = None,
     vision_layers: Annotated[int | None, typer.Option(min=1, help="Vision layers, if not all.")] = None,
     artifact: Annotated[str | None, typer.Option(help="Measure this artifact, named as for serve; else the demo.")] = None,
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="Number format, as for serve.")] = "auto",
-    groups: Annotated[str, typer.Option(help="Captions in a group, with commas.")] = "1,8,16",
+    groups: Annotated[str, typer.Option(help="Captions (responses) in a group, with commas.")] = "1,8,16",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every way; with --noise, groups.")] = 3,
     concurrency: Annotated[str, typer.Option(help="Clients at once, with commas; empty: no load.")] = "1,4,16,64",
     as_json: Json = False,
@@ -271,6 +272,13 @@ def bench(
         bool, typer.Option("--noise", help="Measure how scores move with their company instead, and what determinism costs.")
     ] = False,
     work: Annotated[Path | None, typer.Option(help="Keep the random artifact here for the next run.")] = None,
+    conversation_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Text-only models: tokens that a group's responses share; else 400, or what the artifact takes."),
+    ] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Text-only models: tokens of each response's own; else 64, or what the artifact takes.")
+    ] = None,
 ) -> None:
     """Measure every way to score a group on this machine, checked against the plain way; exit code 1 when scores disagree."""
     _log_to_stderr("warning")
@@ -278,7 +286,8 @@ def bench(
     from app.bench.command import Options
     from app.bench.command import bench as run
 
-    options = Options(geometry, layers, vision_layers, artifact, dtype, groups, rounds, concurrency, as_json, plot, noise, work)
+    measured = (geometry, layers, vision_layers, artifact, dtype, groups, rounds, concurrency)
+    options = Options(*measured, as_json, plot, noise, work, conversation_tokens, response_tokens)
     if code := run(options):
         sys.exit(code)
 

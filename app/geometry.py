@@ -1,4 +1,4 @@
-"""Shapes of published Qwen2.5-VL models, artifacts with random weights in them, and the padded batch everybody starts with.
+"""Shapes of published Qwens, with vision and without, artifacts with random weights in them, and the padded batch everybody begins with.
 
 Knows nothing of speed: it makes what `punchline bench` and `training.bench` measure.
 """
@@ -11,13 +11,13 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from app.artifacts import CONFIG_NAME, DEMO_PATH, HEAD_NAME, PROCESSOR_NAME, RewardModelConfig, write_config
 from app.contracts import EncodedImage, Ids
@@ -28,11 +28,23 @@ SHARD_BYTES = 1 << 30
 _SCALE = 0.8  # of 1/sqrt(fan in): hidden states neither vanish nor explode over 36 layers
 _MIN_PIXELS, _MAX_PIXELS = 3136, 12_845_056  # of the published processor
 _SPECIAL_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_DIALOGUE = "\n\nHuman: {prompt}\n\nAssistant: {caption}"  # of hh-rlhf, without a chat template
+_TEXT_ONLY_PARTS = shutil.ignore_patterns("preprocessor_config.json")
+_WHOLE_MODELS: dict[str, Any] = {
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+}
+_TEXT_CONFIGS: dict[str, Any] = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
+_MAX_POSITIONS = {"qwen2": 32768, "qwen3": 40960}
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Shapes of a Qwen2.5-VL; the defaults are those of 3B with its layers counted by the caller."""
+    """Shapes of a Qwen; the defaults are those of Qwen2.5-VL-3B with its layers counted by the caller.
+
+    A family without vision has no vision layers, and nothing else of vision counts.
+    """
 
     layers: int
     vision_layers: int
@@ -46,6 +58,12 @@ class Geometry:
     vision_intermediate: int = 3420
     mrope_section: tuple[int, int, int] = (16, 24, 24)
     tied: bool = True  # no language-model head of its own on disk
+    family: Literal["qwen2_5_vl", "qwen2", "qwen3"] = "qwen2_5_vl"
+    head_dim: int | None = None  # None: the heads divide the hidden size
+
+    @property
+    def takes_images(self) -> bool:
+        return self.family == "qwen2_5_vl"
 
     @property
     def image_token_id(self) -> int:
@@ -57,15 +75,54 @@ class Geometry:
         return replace(self, layers=layers or self.layers, vision_layers=vision_layers or self.vision_layers)
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The longest texts that a text-only artifact must take, in tokens."""
+
+    prompt: int
+    caption: int
+
+
 # https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct, config.json; table 1 of arXiv 2502.13923
+# https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct, -1.5B-Instruct and -7B-Instruct, config.json; table 1 of arXiv 2412.15115
+# https://huggingface.co/Qwen/Qwen3-0.6B and -8B, config.json; table 1 of arXiv 2505.09388
 GEOMETRIES = {
     "qwen2.5-vl-3b": Geometry(36, 32),
     "qwen2.5-vl-7b": Geometry(28, 32, hidden=3584, heads=28, kv_heads=4, intermediate=18944, vocabulary=152064, tied=False),
+    "qwen2.5-0.5b": Geometry(24, 0, hidden=896, heads=14, intermediate=4864, family="qwen2"),
+    "qwen2.5-1.5b": Geometry(28, 0, hidden=1536, heads=12, intermediate=8960, family="qwen2"),
+    "qwen2.5-7b": Geometry(28, 0, hidden=3584, heads=28, kv_heads=4, intermediate=18944, vocabulary=152064, tied=False, family="qwen2"),
+    "qwen3-0.6b": Geometry(28, 0, hidden=1024, kv_heads=8, intermediate=3072, family="qwen3", head_dim=128),
+    "qwen3-8b": Geometry(36, 0, hidden=4096, heads=32, kv_heads=8, intermediate=12288, tied=False, family="qwen3", head_dim=128),
 }
 
 
-def base_config(geometry: Geometry, special_tokens: dict[str, int]) -> Qwen2_5_VLConfig:
-    """The base's configuration; full attention in every eighth vision layer as published, in the last of a short tower."""
+def base_config(geometry: Geometry, special_tokens: dict[str, int]) -> Any:
+    """The base's configuration as transformers has it for the family; `special_tokens` are those of vision."""
+    return _vision_config(geometry, special_tokens) if geometry.takes_images else _text_config(geometry)
+
+
+def _text_config(geometry: Geometry) -> Any:
+    head_dim = {} if geometry.head_dim is None else {"head_dim": geometry.head_dim}
+    return _TEXT_CONFIGS[geometry.family](
+        hidden_size=geometry.hidden,
+        num_hidden_layers=geometry.layers,
+        num_attention_heads=geometry.heads,
+        num_key_value_heads=geometry.kv_heads,
+        intermediate_size=geometry.intermediate,
+        vocab_size=geometry.vocabulary,
+        max_position_embeddings=_MAX_POSITIONS[geometry.family],
+        rms_norm_eps=1e-6,
+        bos_token_id=None,  # nothing is generated
+        eos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=geometry.tied,
+        **head_dim,
+    )
+
+
+def _vision_config(geometry: Geometry, special_tokens: dict[str, int]) -> Qwen2_5_VLConfig:
+    """Full attention in every eighth vision layer as published, in the last of a short tower."""
     return Qwen2_5_VLConfig(
         text_config={
             "hidden_size": geometry.hidden,
@@ -98,26 +155,59 @@ def base_config(geometry: Geometry, special_tokens: dict[str, int]) -> Qwen2_5_V
 
 
 def write_artifact(
-    geometry: Geometry, root: Path, report: Callable[[float], None] = lambda share: None, *, shard_bytes: int = SHARD_BYTES
+    geometry: Geometry,
+    root: Path,
+    report: Callable[[float], None] = lambda share: None,
+    *,
+    limits: Limits | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """A `full_head` artifact with random bfloat16 weights, which `punchline serve --model ROOT` serves; returns `root`.
 
-    Tokenizer, chat template and image processor are the bundled demo's, the latter with the published size limits. `report`
-    hears the share that is written. A folder that holds a whole artifact is left as it is.
+    Tokenizer, chat template and image processor are the bundled demo's, the latter with the published size limits; text-only
+    geometries take a raw dialogue. `report` hears the share that is written. A folder that holds a whole artifact is left as it
+    is, but for `limits` that differ. `limits` None: those of the configuration's defaults.
     """
     if (root / CONFIG_NAME).exists():
+        _set_limits(root, limits)
         return root
     partial = root.with_name(root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _write_base(geometry, partial / "base", report, shard_bytes)
-    _write_processor(partial / PROCESSOR_NAME)
+    _write_processor(geometry, partial / PROCESSOR_NAME)
     generator = torch.Generator().manual_seed(1)
     save_file({"weight": torch.randn(1, geometry.hidden, generator=generator) / geometry.hidden**0.5}, partial / HEAD_NAME)
-    names = {"base_model_name": "./base", "score_head_shape": (1, geometry.hidden), "kind": "full_head"}
-    text = f"Random weights in the shapes of a Qwen2.5-VL with {geometry.layers} and {geometry.vision_layers} layers: for timing only."
-    write_config(partial, RewardModelConfig.model_validate(names | {"description": text}))
+    write_config(partial, _artifact_config(geometry, limits))
     return partial.rename(root)
+
+
+def _artifact_config(geometry: Geometry, limits: Limits | None) -> RewardModelConfig:
+    layers = f"{geometry.layers} and {geometry.vision_layers}" if geometry.takes_images else f"{geometry.layers}"
+    fields: dict[str, Any] = {
+        "base_model_name": "./base",
+        "score_head_shape": (1, geometry.hidden),
+        "kind": "full_head",
+        "description": f"Random weights in the shapes of a {geometry.family} with {layers} layers: for timing only.",
+    }
+    recipe = {} if geometry.takes_images else {"caption_role": "raw", "template": _DIALOGUE}
+    return RewardModelConfig.model_validate(fields | recipe | _limit_fields(limits))
+
+
+def _limit_fields(limits: Limits | None) -> dict[str, int]:
+    """Never less than usual: a server's self-test has texts of its own."""
+    if limits is None:
+        return {}
+    asked = {"max_prompt_tokens": limits.prompt, "max_caption_tokens": limits.caption}
+    return {name: max(number, RewardModelConfig.model_fields[name].default) for name, number in asked.items()}
+
+
+def _set_limits(root: Path, limits: Limits | None) -> None:
+    """Of an artifact that an earlier run wrote for texts of other lengths."""
+    config = RewardModelConfig.model_validate_json((root / CONFIG_NAME).read_bytes())
+    changed = config.model_copy(update=_limit_fields(limits))
+    if changed != config:
+        write_config(root, changed)
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
@@ -148,10 +238,11 @@ def _write_base(geometry: Geometry, path: Path, report: Callable[[float], None],
     path.mkdir()
     demo = json.loads((DEMO_PATH / "base" / "config.json").read_bytes())
     config = base_config(geometry, {name: demo[name] for name in _SPECIAL_TOKENS})
-    config.architectures, config.dtype = ["Qwen2_5_VLForConditionalGeneration"], "bfloat16"
+    whole_model = _WHOLE_MODELS[geometry.family]
+    config.architectures, config.dtype = [whole_model.__name__], "bfloat16"
     config.save_pretrained(path)
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = whole_model(config)
     shapes = {_published_name(name): each.shape for name, each in model.named_parameters() if name != "lm_head.weight" or not geometry.tied}
     whole, done = 2 * sum(shape.numel() for shape in shapes.values()), 0
     places: dict[str, str] = {}
@@ -196,7 +287,10 @@ def _weight(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     return weight.view(shape)
 
 
-def _write_processor(path: Path) -> None:
+def _write_processor(geometry: Geometry, path: Path) -> None:
+    if not geometry.takes_images:
+        shutil.copytree(DEMO_PATH / PROCESSOR_NAME, path, ignore=_TEXT_ONLY_PARTS)
+        return
     shutil.copytree(DEMO_PATH / PROCESSOR_NAME, path)
     name = path / "preprocessor_config.json"
     config: dict[str, Any] = json.loads(name.read_bytes())

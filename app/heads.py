@@ -150,9 +150,9 @@ def _checked(name: str, tensor: Tensor, shape: tuple[int, ...], where: str) -> T
     if tuple(tensor.shape) != shape:
         rows = " with one row" if len(shape) == 2 and shape[0] == 1 else ""
         raise ArtifactInvalid(f"{where}: expected {name} {list(shape)}{rows}, found {list(tensor.shape)}")
-    if not tensor.is_floating_point():
-        raise ArtifactInvalid(f"{where}: expected floating-point {name}, found {tensor.dtype}")
-    exact = tensor.float()  # checked as it will be used: float64 may leave the range of float32 at either end
+    if not tensor.is_floating_point() or tensor.layout != torch.strided:
+        raise ArtifactInvalid(f"{where}: expected floating-point {name}, found {tensor.dtype} ({tensor.layout})")
+    exact = tensor.detach().float()  # checked as it will be used: float64 may leave the range of float32 at either end
     if not torch.isfinite(exact).all():
         raise ArtifactInvalid(f"{where}: {name} is not finite")
     if name.endswith("weight") and not exact.any():

@@ -19,6 +19,7 @@ BENCH = (
         f"bench.{name}"
         for name in (
             "workload",
+            "conversations",
             "flops",
             "limit",
             "memory",

@@ -22,10 +22,11 @@ from app.bench.run import Plan, run_ways
 from app.bench.tables import WIDTH, _mark, tables_of
 from app.bench.ways import COLD, HTTP_WARM, PADDED, PLAIN, WARM, WAYS, Measured, Row
 from app.errors import SettingsInvalid
-from app.geometry import GEOMETRIES, write_artifact
+from app.geometry import GEOMETRIES, Limits, write_artifact
 from app.metrics import Metrics
 from app.settings import Settings
-from tests.test_geometry import TINY
+from tests.test_geometry import TINY, TINY_TEXT
+from tests.tiny import write_text_only
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     artifact = write_artifact(TINY, tmp_path_factory.mktemp("bench") / "artifact")
     settings = Settings(model=str(artifact), device="cpu", dtype="float32", num_threads=1, max_timeout_ms=600_000, max_queue_tokens=1 << 20)
     return run_ways(Plan("tiny", settings, (1, 8), 2, (1, 2), num_pairs=20), lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def conversation_report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    artifact = write_artifact(TINY_TEXT, tmp_path_factory.mktemp("bench") / "artifact", limits=Limits(400, 64))
+    settings = Settings(model=str(artifact), device="cpu", dtype="float32", num_threads=1, max_timeout_ms=600_000, max_queue_tokens=1 << 20)
+    return run_ways(Plan("tiny", settings, (1, 8), 1, (2,), num_pairs=20), lambda _: None)
 
 
 def changed(report: Report, way: str, change: Callable[[Row], Row]) -> Report:
@@ -89,6 +97,35 @@ def test_the_table_has_all_of_it(report: Report) -> None:
     assert "refused" not in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_the_table_of_a_text_only_model_speaks_of_responses(conversation_report: Report) -> None:
+    assert conversation_report.disagreeing == conversation_report.misnamed == []
+    text = text_of(conversation_report)
+    assert "tiny: 2 text layers of 64, float32, medians of 1 round" in text
+    assert "responses to a conversation: 400 tokens shared, 64 a response's own" in text
+    for name in ("responses", "responses/s", "one forward per response", "over HTTP, groups of 8, known conversations"):
+        assert name in text
+    assert "largest difference to one forward per response" in text
+    (about_captions,) = [line for line in text.splitlines() if "caption" in line or "image" in line]
+    assert about_captions.startswith("HTTP, queue and encoding (8 captions of a known image")  # measured on the demo
+    assert "refused" not in text
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_machines_read_the_same_names_of_every_model(report: Report, conversation_report: Report) -> None:
+    ours, theirs = conversation_report.as_dict(), report.as_dict()
+    assert [entry["way"] for entry in ours["ways"]] == [entry["way"] for entry in theirs["ways"]]
+    assert ours["subject"]["tokens"] == {"image": 0, "prefix": 400, "shortest": 64, "longest": 64}
+    assert [level["num_clients"] for level in ours["load"]] == [2]
+
+
+def test_a_way_that_disagrees_over_responses_has_no_ratio(conversation_report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = wrong(conversation_report, COLD)
+    assert {entry["times_plain"] for entry in bad.as_dict()["ways"] if entry["way"] == COLD} == {None}
+    assert show(bad, Options()) == 1
+    assert "scores disagree, ratios refused: shared prefix, cold, groups of 8: 5.0e-01" in capsys.readouterr().out
 
 
 def meant(report: Report) -> Report:
@@ -198,6 +235,12 @@ def test_a_plot_is_a_picture(report: Report, tmp_path: Path, name: str) -> None:
     write_plot(replace(report, levels=()), tmp_path / name)
 
 
+def test_a_plot_speaks_of_responses_where_the_table_does(conversation_report: Report, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_plot(conversation_report, tmp_path / "plot.svg")
+    assert conversation_report.subject.worded("groups of 8, known images") == "groups of 8, known conversations"
+
+
 def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a geometry to JSON on stdout; the artifact stays in the folder and serves the next run."""
     options = Options("tiny", layers=1, dtype="float32", groups="2", rounds=1, concurrency="", as_json=True, work=tmp_path / "work")
@@ -211,6 +254,33 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (tmp_path / "work" / "tiny-1-2" / "reward_model_config.json").is_file()
 
 
+def test_the_whole_command_on_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = Options("tiny", None, None, None, "float32", "2", 1, "", True, None, False, tmp_path, 500, 70)
+    assert bench(options, {"tiny": TINY_TEXT}) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["subject"]["tokens"]["prefix"], told["subject"]["tokens"]["longest"]) == (500, 70)
+    assert told["agreement"]["agrees"] is True
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-2"]
+
+
+@pytest.mark.parametrize("recipe", [{"caption_role": "raw", "template": "{prompt}{caption}"}, {}], ids=["raw", "user"])
+def test_a_text_only_artifact_is_measured_with_what_it_takes(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    artifact = write_text_only(tmp_path, kind="lora_head", max_prompt_tokens=100, max_caption_tokens=80, **recipe)
+    settings = Settings(model=str(artifact), device="cpu", dtype="float32", num_threads=1)
+    found = run_ways(Plan("tiny", settings, (2,), 1, (), num_pairs=2), lambda _: None)
+    assert found.disagreeing == found.misnamed == []
+    assert found.subject.tokens.longest == found.subject.tokens.shortest == 64
+    assert found.notes == (f"the artifact takes no longer texts: conversations of {found.subject.tokens.prefix} tokens, not 400",)
+    assert found.notes[0] in " ".join(text_of(found).split())
+
+
+def test_a_model_of_images_has_no_conversations(tmp_path: Path) -> None:
+    with pytest.raises(SettingsInvalid, match="belong to text-only models"):
+        bench(Options(groups="2", rounds=1, concurrency="", response_tokens=10))
+    with pytest.raises(SettingsInvalid, match="--noise measures captions of images, this model takes none"):
+        bench(Options(artifact=str(write_text_only(tmp_path, kind="full_head")), noise=True))
+
+
 @pytest.mark.parametrize(
     ("faults", "message"),
     [
@@ -218,6 +288,7 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ({"layers": 2}, "belong to --geometry"),
         ({"work": Path("x")}, "belong to --geometry"),
         ({"noise": True, "plot": Path("x.png")}, "--noise"),
+        ({"noise": True, "conversation_tokens": 8}, "belong to conversations"),
     ],
 )
 def test_contradictions_are_refused(faults: dict[str, Any], message: str) -> None:
@@ -229,6 +300,9 @@ def test_contradictions_are_refused(faults: dict[str, Any], message: str) -> Non
     ("options", "message"),
     [
         (Options(geometry="gpt"), "expected one of"),
+        (Options(geometry="qwen2.5-1.5b", vision_layers=2), "is text-only"),
+        (Options(geometry="qwen3-8b", noise=True), "is text-only"),
+        (Options(geometry="qwen2.5-vl-3b", conversation_tokens=8), "takes images"),
         (Options(groups="8,x"), "--groups '8,x'"),
         (Options(groups=""), "--groups ''"),
         (Options(concurrency="0"), "--concurrency '0'"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen3Config
+from transformers import Qwen3VLConfig
 
 from app.attention import GroupSpan, visibility
 from app.bench.flops import Shapes, padded_flops, plain_flops, shared_flops, vision_flops, window_pairs
@@ -18,11 +18,11 @@ from app.bench.workload import part_of
 from app.contracts import EncodedGroup
 from app.encoding import Encoder
 from app.errors import SettingsInvalid
-from app.geometry import GEOMETRIES, base_config, write_artifact
+from app.geometry import GEOMETRIES, Limits, base_config, write_artifact
 from app.model import LoadedModel
 from app.scoring import score_plain
-from tests.test_geometry import SPECIAL, TINY
-from tests.tiny import encode, load_whole
+from tests.test_geometry import SPECIAL, TINY, TINY_QWEN3, TINY_TEXT
+from tests.tiny import encode, encode_text, load_whole
 
 CAPTIONS = ("the dog said no", "a cat on the moon", "is it the lawyer or the octopus")
 
@@ -122,6 +122,43 @@ def test_the_whole_geometry_in_numbers() -> None:
     assert shared_flops(shapes, group, num_known=0) + vision_flops(shapes, (1, 22, 32)) == pytest.approx(3.9e12, rel=0.02)
 
 
-def test_the_work_of_another_family_is_not_guessed() -> None:
-    with pytest.raises(SettingsInvalid, match=r"counts the work of a Qwen2\.5-VL, this model's base is 'qwen3'"):
-        Shapes.of(Qwen3Config())
+def test_text_alone_as_torch_counts_it(tmp_path: Path) -> None:
+    encoder, loaded = load_whole(write_artifact(TINY_TEXT, tmp_path / "artifact", limits=Limits(400, 64)), device="cpu", dtype="float32")
+    group, shapes = encode_text(encoder, CAPTIONS, "why is the dog on the moon"), shapes_of(loaded)
+    lengths = [len(row) for row in group.rows]
+    assert counted(lambda: score_plain(loaded.model, [group])) == plain_flops(shapes, group) + unseen(shapes, lengths)
+    padded = padded_flops(shapes, group) + unseen(shapes, [max(lengths)] * 3)
+    assert counted(lambda: score_padded(loaded.model, [group])) == padded
+
+
+def test_heads_of_their_own_size_are_counted() -> None:
+    """Four heads of 32 on a hidden size of 64: queries and output of 128, keys and values of 64."""
+    shapes = Shapes.of(base_config(TINY_QWEN3, {}))
+    assert shapes.weights_per_layer == 64 * (128 + 64 + 64 + 128) + 3 * 64 * 96
+    assert (shapes.vision_layers, shapes.vision_hidden) == (0, 0)
+
+
+def test_a_conversation_by_hand() -> None:
+    """8 responses of 64 tokens to 400 on Qwen2.5-1.5B, 46.8 million weights a layer: 3,712 tokens by themselves, 912 shared, 512 warm.
+
+    A response sees the conversation and its own beginning. Of the last layer: keys and values of all, the rest of 8 pooled tokens.
+    """
+    shapes = Shapes.of(base_config(GEOMETRIES["qwen2.5-1.5b"], {}))
+    group = EncodedGroup(("", b""), None, (np.arange(464),) * 8, 400)
+    keys_values = 2 * 1536 * 256
+    layer = 2 * 1536 * 1536 + keys_values + 3 * 1536 * 8960
+    head = 2 * 8 * 1536
+    assert plain_flops(shapes, group) == 28 * (2 * 3712 * layer + 8 * 4 * (464 * 465 // 2) * 1536) + head
+    last = 2 * 8 * (layer - keys_values) + 8 * 4 * 464 * 1536
+    own = 8 * (64 * 65 // 2 + 64 * 400)
+    cold = 27 * (2 * 912 * layer + 4 * (400 * 401 // 2 + own) * 1536) + 2 * 912 * keys_values + last + head
+    warm = 27 * (2 * 512 * layer + 4 * own * 1536) + 2 * 512 * keys_values + last + head
+    assert shared_flops(shapes, group, num_known=0) == cold
+    assert shared_flops(shapes, group, num_known=400) == warm
+    assert plain_flops(shapes, group) / cold == pytest.approx(4.2, abs=0.1)
+    assert plain_flops(shapes, group) / warm == pytest.approx(7.5, abs=0.1)
+
+
+def test_the_work_of_another_family_that_sees_is_not_guessed() -> None:
+    with pytest.raises(SettingsInvalid, match=r"counts the work of a Qwen2\.5-VL or of a text-only model, this one's base is 'qwen3_vl'"):
+        Shapes.of(Qwen3VLConfig())

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from app.bench.conversations import AS_USUAL, Conversations
 from app.bench.flops import Shapes, shared_flops
 from app.bench.loopback import Client, Loopback, serving
 from app.bench.ways import (
@@ -34,11 +35,11 @@ from app.bench.ways import (
 from app.bench.workload import Workload, part_of, renamed
 from app.contracts import EncodedGroup, Scorer, Scores
 from app.encoding import load_encoder
-from app.geometry import write_artifact
+from app.geometry import Limits, write_artifact
 from app.model import load_model
 from app.scoring import score_plain
 from app.settings import Settings
-from tests.test_geometry import TINY
+from tests.test_geometry import TINY, TINY_TEXT
 from tests.tiny import LIMITS
 
 SEEDS = itertools.count()
@@ -77,6 +78,50 @@ def test_every_way_scores_as_the_plain_one(who: Contestants) -> None:
     ((place, text),) = announced
     assert told[place] == turns[0]  # after the warm-up, before anything is measured
     assert " for 2 rounds of groups of 1, 4 (" in text
+
+
+@pytest.fixture(scope="module")
+def text_loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    artifact: Path = write_artifact(TINY_TEXT, tmp_path_factory.mktemp("ways") / "artifact", limits=Limits(400, 64))
+    with serving(Settings(model=str(artifact), device="cpu", dtype="float32", num_threads=1)) as found:
+        yield found
+
+
+@pytest.fixture
+def talking(text_loopback: Loopback) -> Iterator[Contestants]:
+    """Contestants over a text-only model."""
+    artifact, scorer = text_loopback.runtime.artifact, text_loopback.runtime.scorer
+    baseline = load_model(artifact, device="cpu", dtype="float32").model
+    source = Conversations(load_encoder(artifact), AS_USUAL, seed=next(SEEDS))
+    shapes = Shapes.of(baseline.backbone.config)
+    with Client(text_loopback) as client:
+        yield Contestants(baseline, scorer, client, source, shapes, torch.device("cpu"), lambda: 1e9)
+
+
+def test_every_way_scores_responses_as_the_plain_one(talking: Contestants) -> None:
+    """Tokens by hand: 8 times 464 by themselves, 400 once and 8 times 64 cold, 8 times 64 warm; over HTTP the same."""
+    measured = measure_ways(talking, [1, 8], 2, lambda _: None)
+    assert [(row.way, row.num_captions) for row in measured.rows] == [(way, size) for size in (1, 8) for way in WAYS]
+    assert all(row.difference is not None and row.difference < 1e-4 for row in measured.rows)
+    assert all(row.is_as_named for row in measured.rows)
+    assert measured.spread is not None
+    assert measured.spread > 1e-3
+    found = {row.way: {run.num_computed_tokens for run in row.runs} for row in measured.rows if row.num_captions == 8}
+    assert found == {PLAIN: {3712}, PADDED: {3712}, COLD: {912}, WARM: {512}, HTTP_COLD: {912}, HTTP_WARM: {512}}
+    assert {run.num_tokens for row in measured.rows if row.num_captions == 8 for run in row.runs} == {3712}
+
+
+def test_a_wrong_score_of_a_response_is_seen(talking: Contestants) -> None:
+    measured = measure_ways(replace(talking, scorer=WrongScorer(talking.scorer, 0.5)), [3], 1, lambda _: None)
+    cold = measured.find(COLD, 3)
+    assert cold is not None
+    assert cold.difference == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize(("knows", "misnamed"), [(False, {WARM}), (True, {COLD, WARM})])
+def test_a_known_conversation_is_not_cold_and_a_new_one_not_warm(talking: Contestants, knows: bool, misnamed: set[str]) -> None:
+    measured = measure_ways(replace(talking, scorer=ForgetfulScorer(talking.scorer, knows)), [3], 1, lambda _: None)
+    assert {row.way for row in measured.rows if not row.is_as_named} == misnamed
 
 
 def test_what_is_known_is_saved(who: Contestants) -> None:

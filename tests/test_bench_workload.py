@@ -46,7 +46,7 @@ def test_nothing_comes_twice_and_everything_again_from_the_same_seed(encoder: En
     assert first.image != second.image
     assert not set(first.captions) & set(second.captions)
     assert (other.request(8), other.request(8)) == (first, second)
-    known = one.request(8, first.image)
+    known = one.request(8, first)
     assert known.image == first.image
     assert not set(known.captions) & set(first.captions)
 

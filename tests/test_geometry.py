@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForCausalLM, Qwen2_5_VLForConditionalGeneration
 
 from app.artifacts import open_artifact
 from app.contracts import EncodedImage
 from app.encoding import load_encoder
 from app.errors import ArtifactInvalid
-from app.geometry import GEOMETRIES, Geometry, base_config, check_room, pad_rows, write_artifact
+from app.geometry import GEOMETRIES, Geometry, Limits, base_config, check_room, pad_rows, write_artifact
 from app.model import load_model
 from app.scoring import score_plain
-from tests.tiny import encode
+from tests.tiny import encode, encode_text
 
 TINY = Geometry(
     layers=2,
@@ -33,6 +34,8 @@ TINY = Geometry(
     vision_intermediate=64,
     mrope_section=(2, 3, 3),
 )
+TINY_TEXT = Geometry(2, 0, hidden=64, heads=4, kv_heads=2, intermediate=96, vocabulary=1000, family="qwen2")
+TINY_QWEN3 = replace(TINY_TEXT, family="qwen3", head_dim=32, tied=False)
 SPECIAL = {"image_token_id": 1, "vision_start_token_id": 2, "vision_end_token_id": 3}
 
 
@@ -41,6 +44,25 @@ def test_as_many_bytes_as_the_published_weights(name: str, total_size: int) -> N
     """`total_size` of the published model.safetensors.index.json."""
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(base_config(GEOMETRIES[name], SPECIAL))
+    assert 2 * sum(weight.numel() for weight in model.parameters()) == total_size
+
+
+@pytest.mark.parametrize(
+    ("name", "total_size"),
+    [
+        ("qwen2.5-0.5b", 988_065_536),
+        ("qwen2.5-1.5b", 3_087_428_608),
+        ("qwen2.5-7b", 15_231_233_024),
+        ("qwen3-0.6b", 1_192_099_840),  # 596,049,920 weights; the published file has the tied head a second time
+        ("qwen3-8b", 16_381_470_720),
+    ],
+)
+def test_as_many_bytes_as_the_published_weights_of_text_only_models(name: str, total_size: int) -> None:
+    """`total_size` of the published index, or twice the number of weights where one file has them all."""
+    config = base_config(GEOMETRIES[name], {})
+    assert config.model_type == GEOMETRIES[name].family
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     assert 2 * sum(weight.numel() for weight in model.parameters()) == total_size
 
 
@@ -100,6 +122,38 @@ def test_shards_untied_head_and_what_an_interrupted_write_left(tmp_path: Path) -
     assert "lm_head.weight" in places
     assert not (tmp_path / "artifact.partial").exists()
     load_model(open_artifact(str(root), offline=True), device="cpu", dtype="bfloat16")
+
+
+def test_a_text_only_artifact_is_whole_and_scores(tmp_path: Path) -> None:
+    root = write_artifact(TINY_TEXT, tmp_path / "artifact", limits=Limits(300, 90))
+    opened = open_artifact(str(root), offline=True)
+    assert (opened.config.kind, opened.config.caption_role) == ("full_head", "raw")
+    assert (opened.config.max_prompt_tokens, opened.config.max_caption_tokens) == (300, 90)
+    assert not (root / "processor" / "preprocessor_config.json").exists()
+    encoder, loaded = load_encoder(opened), load_model(opened, device="cpu", dtype="float32")
+    assert not encoder.takes_images
+    (scores,) = score_plain(loaded.model, [encode_text(encoder, ["the dog said no", "a cat on the moon", "is it the lawyer"], "why")])
+    assert 1e-3 < np.std(scores.values) < 10
+
+
+def test_a_written_artifact_takes_texts_of_the_lengths_asked_for_last(tmp_path: Path) -> None:
+    root = write_artifact(TINY_TEXT, tmp_path / "artifact", limits=Limits(300, 90))
+    weights = (root / "base" / "model-00001.safetensors").stat().st_mtime_ns
+    write_artifact(TINY_TEXT, root, limits=Limits(900, 40))
+    config = open_artifact(str(root), offline=True).config
+    assert (config.max_prompt_tokens, config.max_caption_tokens) == (900, 80)  # the usual, for the self-test's own texts
+    assert (root / "base" / "model-00001.safetensors").stat().st_mtime_ns == weights
+
+
+def test_a_base_with_heads_of_their_own_size_is_what_transformers_reads(tmp_path: Path) -> None:
+    """Qwen3: norms of queries and keys, no biases, a head dimension that does not divide the hidden size."""
+    root = write_artifact(TINY_QWEN3, tmp_path / "artifact")
+    model, info = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.bfloat16, output_loading_info=True)
+    assert not any(info[fault] for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.weight.shape == (4 * 32, 64)
+    assert (attention.q_norm.weight == 1).all()
+    assert attention.q_proj.bias is None
 
 
 def test_a_full_disk_is_seen_before_it_is_full(tmp_path: Path) -> None:

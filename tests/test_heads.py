@@ -63,6 +63,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a bare tensor": ("head.pt", pickled(GOOD), "expected a dictionary of tensors, found Tensor"),
     "numbers": ("head.pt", pickled({"weight": [1.0]}), "expected a dictionary of tensors"),
     "whole numbers": ("head.pt", pickled({"weight": GOOD.long()}), "expected floating-point weight, found torch.int64"),
+    "a sparse tensor": ("head.pt", pickled({"weight": GOOD.to_sparse()}), "expected floating-point weight, found .*sparse"),
     "NaN": ("head.safetensors", saved(weight=GOOD * float("nan")), "not finite"),
     "infinity": ("head.pt", pickled({"weight": GOOD / 0}), "not finite"),
     "all zero": ("head.pt", pickled({"weight": GOOD * 0}), "all zero"),
@@ -107,6 +108,12 @@ def test_heads_of_any_float_format_become_float32(tmp_path: Path, dtype: torch.d
     head = load_head(tmp_path / "head.pt", (1, 8))
     assert head.last.weight.dtype == torch.float32
     assert torch.equal(head.last.weight, GOOD)
+
+
+def test_parameters_are_read_like_tensors(tmp_path: Path) -> None:
+    torch.save({"weight": nn.Parameter(GOOD)}, tmp_path / "head.pt")
+    weight = load_head(tmp_path / "head.pt", (1, 8)).last.weight
+    assert (weight.is_leaf, torch.equal(weight, GOOD)) == (True, True)
 
 
 def test_a_pickled_head_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -362,7 +362,11 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "Qwen3ForCausalLM without a reward head; its scores would be noise",
     ),
     "no value head": ("value_head", lambda folder: (folder / "value_head.safetensors").unlink(), "without a reward head"),
-    "a value head transposed": ("value_head", swapped("value_head.safetensors"), r"expected a head with one row, .*found the shape \[64, 1\]"),
+    "a value head transposed": (
+        "value_head",
+        swapped("value_head.safetensors"),
+        r"expected a head with one row, .*found the shape \[64, 1\]",
+    ),
     "a value head without its weight": (
         "value_head",
         lambda folder: edit_tensors(folder / "value_head.safetensors", lambda tensors: tensors.pop("v_head.summary.weight")),

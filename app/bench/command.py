@@ -17,18 +17,20 @@ from typing import Literal
 from rich.console import Console, RenderableType
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from app.bench.conversations import AS_USUAL, CONVERSATION_TOKENS, RESPONSE_TOKENS, Wanted
 from app.bench.noise_run import NoiseRun, run_noise
 from app.bench.plot import check_plot, write_plot
 from app.bench.report import Report
 from app.bench.run import Plan, run_ways
 from app.bench.tables import WIDTH, noise_tables, tables_of
 from app.errors import SettingsInvalid
-from app.geometry import GEOMETRIES, Geometry, write_artifact
+from app.geometry import GEOMETRIES, Geometry, Limits, write_artifact
 from app.settings import Settings, load_settings
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 _TIMEOUT_MS = 600_000
 _MAX_QUEUE_TOKENS, _MAX_QUEUE_ITEMS = 1 << 24, 1 << 16  # 64 clients at once are the bench's own doing
+_MAX_TEXT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,17 @@ class Options:
     plot: Path | None = None
     noise: bool = False
     work: Path | None = None
+    conversation_tokens: int | None = None
+    response_tokens: int | None = None
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.conversation_tokens, self.response_tokens)
+
+    @property
+    def limits(self) -> Limits:
+        """Of a text-only artifact that is made."""
+        return Limits(self.conversation_tokens or CONVERSATION_TOKENS, self.response_tokens or RESPONSE_TOKENS)
 
     def __post_init__(self) -> None:
         if self.geometry is not None and self.artifact is not None:
@@ -55,6 +68,10 @@ class Options:
             raise SettingsInvalid("--layers, --vision-layers and --work belong to --geometry")
         if self.noise and self.plot is not None:
             raise SettingsInvalid("--noise measures nothing that --plot could draw")
+        if self.noise and self.wanted != AS_USUAL:
+            raise SettingsInvalid(
+                "--noise measures captions of images; --conversation-tokens and --response-tokens belong to conversations"
+            )
 
 
 def bench(options: Options, geometries: dict[str, Geometry] | None = None) -> int:
@@ -69,7 +86,7 @@ def bench(options: Options, geometries: dict[str, Geometry] | None = None) -> in
         if options.noise:
             noise = run_noise(settings, options.rounds, report)
         else:
-            found = run_ways(Plan(name, settings, sizes, options.rounds, levels), report, announce)
+            found = run_ways(Plan(name, settings, sizes, options.rounds, levels, wanted=options.wanted), report, announce)
     return show_noise(noise, name, options) if options.noise else show(found, options)
 
 
@@ -97,6 +114,8 @@ def bench_settings(model: str, dtype: Dtype, *, deterministic: bool | None = Non
         max_timeout_ms=_TIMEOUT_MS,
         max_queue_tokens=_MAX_QUEUE_TOKENS,
         max_queue_items=_MAX_QUEUE_ITEMS,
+        max_prompt_bytes=_MAX_TEXT_BYTES,
+        max_caption_bytes=_MAX_TEXT_BYTES,
     )
 
 
@@ -115,13 +134,25 @@ def _artifact(options: Options, geometries: dict[str, Geometry], report: Callabl
         name = options.artifact or "demo"
         yield name, name
         return
-    if options.geometry not in geometries:
-        raise SettingsInvalid(f"--geometry {options.geometry}: expected one of {', '.join(geometries)}")
-    geometry = geometries[options.geometry].shortened(options.layers, options.vision_layers)
-    folder = f"{options.geometry}-{geometry.layers}-{geometry.vision_layers}"
+    geometry = _geometry(options, geometries)
+    folder = f"{options.geometry}-{geometry.layers}" + (f"-{geometry.vision_layers}" if geometry.takes_images else "")
+    limits = None if geometry.takes_images else options.limits
     with _folder(options.work) as work:
-        root = write_artifact(geometry, work / folder, lambda share: report(f"writing random weights, {share:.0%}"))
+        root = write_artifact(geometry, work / folder, lambda share: report(f"writing random weights, {share:.0%}"), limits=limits)
         yield str(root), options.geometry
+
+
+def _geometry(options: Options, geometries: dict[str, Geometry]) -> Geometry:
+    """As short as asked. Raises SettingsInvalid for one that is not there or has not what an option speaks of."""
+    name = str(options.geometry)
+    if name not in geometries:
+        raise SettingsInvalid(f"--geometry {name}: expected one of {', '.join(geometries)}")
+    geometry = geometries[name]
+    if geometry.takes_images and options.wanted != AS_USUAL:
+        raise SettingsInvalid(f"--geometry {name} takes images; --conversation-tokens and --response-tokens belong to text-only models")
+    if not geometry.takes_images and (options.vision_layers is not None or options.noise):
+        raise SettingsInvalid(f"--geometry {name} is text-only; --vision-layers and --noise belong to models that take images")
+    return geometry.shortened(options.layers, options.vision_layers)
 
 
 @contextmanager

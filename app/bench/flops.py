@@ -7,7 +7,7 @@ A product of [m, k] by [k, n] counts 2mkn. Attention counts the (query, key) pai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -19,7 +19,7 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The sizes of a Qwen2.5-VL that its matrix products have."""
+    """The sizes of a Qwen that its matrix products have; those of vision are 0 where there is none."""
 
     hidden: int
     layers: int
@@ -27,27 +27,34 @@ class Shapes:
     kv_heads: int
     head_dim: int
     intermediate: int
-    vision_hidden: int
-    vision_layers: int
-    num_full_layers: int  # vision layers that look at the whole picture
-    vision_intermediate: int
-    window: int  # side of a vision window in merged patches
-    merge: int
-    patch_values: int
+    vision_hidden: int = 0
+    vision_layers: int = 0
+    num_full_layers: int = 0  # vision layers that look at the whole picture
+    vision_intermediate: int = 0
+    window: int = 0  # side of a vision window in merged patches
+    merge: int = 0
+    patch_values: int = 0
 
     @classmethod
     def of(cls, config: Any) -> Shapes:
-        """From a transformers configuration of the family `qwen2_5_vl`. Raises SettingsInvalid for another."""
-        if config.model_type != "qwen2_5_vl":
-            raise SettingsInvalid(f"the bench counts the work of a Qwen2.5-VL, this model's base is {config.model_type!r}")
-        text, vision = config.get_text_config(), config.vision_config
-        return cls(
+        """From a transformers configuration of the family `qwen2_5_vl`, or of a text-only one. Raises SettingsInvalid for another."""
+        text, vision = config.get_text_config(), getattr(config, "vision_config", None)
+        if vision is not None and config.model_type != "qwen2_5_vl":
+            raise SettingsInvalid(
+                f"the bench counts the work of a Qwen2.5-VL or of a text-only model, this one's base is {config.model_type!r}"
+            )
+        shapes = cls(
             hidden=text.hidden_size,
             layers=text.num_hidden_layers,
             heads=text.num_attention_heads,
             kv_heads=text.num_key_value_heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
             intermediate=text.intermediate_size,
+        )
+        if vision is None:
+            return shapes
+        return replace(
+            shapes,
             vision_hidden=vision.hidden_size,
             vision_layers=vision.depth,
             num_full_layers=len([index for index in vision.fullatt_block_indexes if index < vision.depth]),

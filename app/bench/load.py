@@ -12,17 +12,17 @@ import httpx
 from prometheus_client import CollectorRegistry
 
 from app.bench.loopback import Client, Loopback, json_body, read_answer
-from app.bench.workload import Request, Workload
+from app.bench.workload import Request, Source
 
 GROUP_SIZE = 8
 BUSY = "reward_device_busy_seconds_total"
-_NUM_IMAGES = 4  # known to the server; clients take them in turn
+_NUM_KNOWN = 4  # images, or conversations, that the server knows; clients take them in turn
 _MIN_GROUPS, _GROUPS_EACH = 8, 2
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """Groups of 8 captions of known images from so many clients, each sending its next when it has its answer."""
+    """Groups of 8 of known images or conversations from so many clients, each sending its next when it has its answer."""
 
     num_clients: int
     num_groups: int
@@ -57,23 +57,23 @@ class Watch:
         return max(0.0, 1 - (last[1] - first[1]) / (last[0] - first[0]))
 
 
-def measure_load(loopback: Loopback, workload: Workload, levels: Sequence[int], report: Callable[[str], None]) -> list[Level]:
-    """One level after the other, the images made known first."""
+def measure_load(loopback: Loopback, source: Source, levels: Sequence[int], report: Callable[[str], None]) -> list[Level]:
+    """One level after the other, images or conversations made known first."""
     known = []
     with Client(loopback) as client:
-        for _ in range(_NUM_IMAGES if levels else 0):
-            request = workload.request(1)
-            known.append((client.send_bytes(request)[1], request.image))
+        for _ in range(_NUM_KNOWN if levels else 0):
+            request = source.request(1)
+            known.append((client.send_bytes(request)[1], request))
     measured = []
     for num_clients in levels:
         report(f"{num_clients} clients")
         num_groups = max(_MIN_GROUPS, _GROUPS_EACH * num_clients)
-        work = [(image_id, workload.request(GROUP_SIZE, image)) for image_id, image in (known[n % len(known)] for n in range(num_groups))]
+        work = [(image_id, source.request(GROUP_SIZE, first)) for image_id, first in (known[n % len(known)] for n in range(num_groups))]
         measured.append(asyncio.run(_measure(loopback, work, num_clients)))
     return measured
 
 
-async def _measure(loopback: Loopback, work: Sequence[tuple[str, Request]], num_clients: int) -> Level:
+async def _measure(loopback: Loopback, work: Sequence[tuple[str | None, Request]], num_clients: int) -> Level:
     watch, waiting = Watch(loopback.runtime.metrics.registry), list(work)
     limits = httpx.Limits(max_connections=num_clients, max_keepalive_connections=num_clients)
     timeout_ms = loopback.runtime.settings.max_timeout_ms

@@ -128,20 +128,23 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def send_bytes(self, request: Request) -> tuple[Scores, str]:
-        """Image, prompt and captions in one form. Returns the scores and the image's id."""
+    def send_bytes(self, request: Request) -> tuple[Scores, str | None]:
+        """Image, prompt and captions in one form. Returns the scores and the image's id; a text-only model has none, and takes JSON."""
+        if request.image is None:
+            return self.send_id(None, request), None
         fields = {"prompt": request.prompt, "caption": list(request.captions), "timeout_ms": str(self._timeout_ms)}
         answer = self._http.post("/score", data=fields, files={"image": ("cartoon.png", request.image, "image/png")})
         told = read_answer(answer)
         return scores_of(told), str(told["image_id"])
 
-    def send_id(self, image_id: str, request: Request) -> Scores:
-        """The image by its id."""
+    def send_id(self, image_id: str | None, request: Request) -> Scores:
+        """The image by its id, or none."""
         return scores_of(read_answer(self._http.post("/score", json=json_body(image_id, request, self._timeout_ms))))
 
 
-def json_body(image_id: str, request: Request, timeout_ms: int) -> dict[str, Any]:
-    return {"image": image_id, "prompt": request.prompt, "captions": list(request.captions), "timeout_ms": timeout_ms}
+def json_body(image_id: str | None, request: Request, timeout_ms: int) -> dict[str, Any]:
+    image = {} if image_id is None else {"image": image_id}
+    return image | {"prompt": request.prompt, "captions": list(request.captions), "timeout_ms": timeout_ms}
 
 
 def read_answer(answer: httpx.Response) -> dict[str, Any]:

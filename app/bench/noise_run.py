@@ -73,7 +73,7 @@ def _float32_subjects(
     report("loading the model in float32")
     encoder = load_encoder(artifact)
     if not encoder.takes_images:
-        raise SettingsInvalid(f"{artifact.root}: the bench measures captions of images, this model takes none")
+        raise SettingsInvalid(f"{artifact.root}: --noise measures captions of images, this model takes none")
     groups = make_groups(Workload(encoder, image_limits(settings)), num_groups)
     loaded = load_model(artifact, device=settings.device, dtype="float32", lora=settings.lora)
     return subjects_of(loaded.model, groups, report)

@@ -118,14 +118,14 @@ def _ended_with(process: subprocess.Popen[str]) -> int | None:
 def measure_overhead(loopback: Loopback, scorer: Scorer, workload: Workload, num_repeats: int) -> Overhead:
     """Pairs of requests with captions of equal lengths, none asked before; who is first changes from pair to pair."""
     timeout_ms = loopback.runtime.settings.max_timeout_ms
-    image = workload.request(1)
-    encoded = workload.encode_image(image.image)
+    first = workload.request(1)
+    encoded = workload.encode(first).image
     with Client(loopback) as client:
-        _, image_id = client.send_bytes(image)
+        _, image_id = client.send_bytes(first)
     served, direct = [], []
     with calling(loopback.url, loopback.headers, timeout_ms / 1000 + 5) as process:
         for number in range(_WARM_UP + num_repeats):
-            body = json_body(image_id, workload.request(NUM_CAPTIONS, image.image), timeout_ms)
+            body = json_body(image_id, workload.request(NUM_CAPTIONS, first), timeout_ms)
             group = workload.encode_for(encoded, workload.captions(NUM_CAPTIONS))
             if number % 2:
                 direct.append(_direct(scorer, group, loopback))

@@ -29,26 +29,29 @@ def write_plot(report: Report, path: Path) -> None:
 
     figure = Figure(figsize=(11 if report.levels else 6, 4.5), layout="constrained")
     panels = figure.subplots(1, 2 if report.levels else 1, squeeze=False)[0]
+    worded = report.subject.worded
     for way in WAYS:
         rows = sorted((row for row in report.measured.rows if row.way == way), key=lambda row: row.num_captions)
         if rows:
-            panels[0].plot([row.num_captions for row in rows], [row.num_captions / row.seconds for row in rows], marker="o", label=way)
-    _axes(panels[0], "captions in a group", sorted({row.num_captions for row in report.measured.rows}))
+            speeds = [row.num_captions / row.seconds for row in rows]
+            panels[0].plot([row.num_captions for row in rows], speeds, marker="o", label=worded(way))
+    _axes(panels[0], worded("captions in a group"), worded("captions a second"), sorted({row.num_captions for row in report.measured.rows}))
     panels[0].set_yscale("log")
     panels[0].yaxis.set_major_formatter("{x:g}")  # powers would need mathematical fonts
     panels[0].yaxis.set_minor_formatter("")
     panels[0].legend(fontsize="small")
     if report.levels:
         panels[1].plot([level.num_clients for level in report.levels], [level.captions_per_s for level in report.levels], marker="o")
-        _axes(panels[1], "clients, each with groups of 8 captions of known images", [level.num_clients for level in report.levels])
+        clients = worded("clients, each with groups of 8, known images")
+        _axes(panels[1], clients, worded("captions a second"), [level.num_clients for level in report.levels])
         panels[1].set_ylim(0, 1.1 * max(level.captions_per_s for level in report.levels))
     figure.suptitle(f"{report.subject.model}, {report.subject.dtype}\n{report.hardware.line}", fontsize="small")
     figure.savefig(path, dpi=150)
 
 
-def _axes(panel: Any, name: str, ticks: list[int]) -> None:
+def _axes(panel: Any, name: str, speed: str, ticks: list[int]) -> None:
     panel.set_xscale("log", base=2)
     panel.set_xticks(ticks, [str(tick) for tick in ticks])
     panel.set_xlabel(name)
-    panel.set_ylabel("captions a second")
+    panel.set_ylabel(speed)
     panel.grid(alpha=0.3)

@@ -53,7 +53,18 @@ class Subject:
 
     @property
     def shape(self) -> str:
-        return f"{self.layers} text layers of {self.hidden}, {self.vision_layers} vision layers"
+        text = f"{self.layers} text layers of {self.hidden}"
+        return f"{text}, {self.vision_layers} vision layers" if self.takes_images else text
+
+    @property
+    def takes_images(self) -> bool:
+        return self.vision_layers > 0
+
+    def worded(self, text: str) -> str:
+        """A text-only model scores responses to conversations, where others score captions of images."""
+        if self.takes_images:
+            return text
+        return text.replace("caption", "response").replace("image", "conversation")
 
     @property
     def is_meant(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from app.artifacts import open_artifact
 from app.bases import read_base_config
+from app.bench.conversations import AS_USUAL, Conversations, Wanted
 from app.bench.flops import Shapes
 from app.bench.limit import measure_rate, rate_now
 from app.bench.load import measure_load
@@ -18,7 +19,7 @@ from app.bench.memory import free_bytes, weights_bytes
 from app.bench.overhead import Overhead, measure_overhead
 from app.bench.report import Report, Subject, Tokens, tokens_of
 from app.bench.ways import Contestants, measure_ways
-from app.bench.workload import Workload
+from app.bench.workload import Source, Workload
 from app.contracts import Scorer
 from app.encoding import load_encoder
 from app.errors import SettingsInvalid
@@ -29,6 +30,7 @@ from app.settings import Settings
 
 MIN_FREE = 1.1  # of the weights, for a second copy of them
 _SMALLEST = "demo"  # the bundled model, whose forward is short
+_NO_BASELINE = "no memory for a second copy of the model: neither plain way was measured, no ratio can be told"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class Plan:
     rounds: int
     levels: tuple[int, ...]
     num_pairs: int = 500  # of requests and direct calls that the overhead is the difference of
+    wanted: Wanted = AS_USUAL  # of a text-only model
 
 
 def run_ways(plan: Plan, report: Callable[[str], None], announce: Callable[[str], None] = lambda _: None) -> Report:
@@ -55,7 +58,7 @@ def run_ways(plan: Plan, report: Callable[[str], None], announce: Callable[[str]
         rate = measure_rate(shapes, dtype, device)
         report("loading the model a second time, as it is")
         baseline, load_s = load_baseline(runtime)
-        workload = make_workload(runtime)
+        workload = make_source(runtime, plan.wanted)
         tokens = count_tokens(workload)
         with Client(loopback) as client:
             who = Contestants(baseline, scorer_of(runtime), client, workload, shapes, device, rate_now(shapes, dtype, device))
@@ -82,7 +85,7 @@ def run_ways(plan: Plan, report: Callable[[str], None], announce: Callable[[str]
             measured=measured,
             levels=tuple(levels),
             overhead=_overhead(plan, loopback),
-            notes=() if baseline else ("no memory for a second copy of the model: neither plain way was measured, no ratio can be told",),
+            notes=(*workload.notes, *(() if baseline else (_NO_BASELINE,))),
         )
 
 
@@ -98,12 +101,14 @@ def load_baseline(runtime: Runtime) -> tuple[RewardModel | None, float | None]:
     return loaded.model, time.perf_counter() - began
 
 
-def make_workload(runtime: Runtime, seed: int = 0) -> Workload:
-    """By the artifact's own encoder. Raises SettingsInvalid for a model without a vision tower."""
+def make_source(runtime: Runtime, wanted: Wanted) -> Source:
+    """By the artifact's own encoder. Raises SettingsInvalid for lengths that belong to text-only models, or do not fit the artifact."""
     encoder = load_encoder(runtime.artifact)
     if not encoder.takes_images:
-        raise SettingsInvalid(f"{runtime.artifact.root}: the bench measures captions of images, this model takes none")
-    return Workload(encoder, image_limits(runtime.settings), seed)
+        return Conversations(encoder, wanted)
+    if wanted != AS_USUAL:
+        raise SettingsInvalid(f"{runtime.artifact.root}: --conversation-tokens and --response-tokens belong to text-only models")
+    return Workload(encoder, image_limits(runtime.settings))
 
 
 def scorer_of(runtime: Runtime) -> Scorer:
@@ -111,13 +116,19 @@ def scorer_of(runtime: Runtime) -> Scorer:
     return runtime.scorer
 
 
-def count_tokens(workload: Workload) -> Tokens:
+def count_tokens(workload: Source) -> Tokens:
     group = workload.encode(workload.request(8))
     return tokens_of(group.num_prefix, group.image.num_tokens if group.image else 0, [len(row) for row in group.rows])
 
 
 def _overhead(plan: Plan, loopback: Loopback) -> Overhead:
     if plan.settings.model == _SMALLEST:
-        return measure_overhead(loopback, scorer_of(loopback.runtime), make_workload(loopback.runtime, 1), plan.num_pairs)
+        return _overhead_of(loopback, plan.num_pairs)
     with serving(plan.settings.model_copy(update={"model": _SMALLEST, "base_model": None})) as small:
-        return measure_overhead(small, scorer_of(small.runtime), make_workload(small.runtime, 1), plan.num_pairs)
+        return _overhead_of(small, plan.num_pairs)
+
+
+def _overhead_of(loopback: Loopback, num_pairs: int) -> Overhead:
+    runtime = loopback.runtime
+    workload = Workload(load_encoder(runtime.artifact), image_limits(runtime.settings), seed=1)
+    return measure_overhead(loopback, scorer_of(runtime), workload, num_pairs)

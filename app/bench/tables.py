@@ -14,7 +14,7 @@ from app.bench.report import MEANT, MIN_WEIGHTS_BYTES, Hold, Report
 from app.bench.ways import PADDED, PLAIN, Row
 from app.hardware import Hardware
 
-WIDTH = 132
+WIDTH = 136
 _REFUSED = "refused"
 
 
@@ -51,16 +51,16 @@ def noise_tables(report: NoiseReport, hardware: Hardware, heading: str) -> Rende
 
 def _heading(report: Report) -> str:
     subject, tokens = report.subject, report.subject.tokens
-    return (
-        f"{subject.model}: {subject.shape}, {subject.dtype}, medians of {_counted(subject.rounds, 'round')}\n"
-        f"{tokens.prefix} tokens shared ({tokens.image} of the image), {tokens.shortest} to {tokens.longest} a caption's own"
-    )
+    title = f"{subject.model}: {subject.shape}, {subject.dtype}, medians of {_counted(subject.rounds, 'round')}\n"
+    if subject.takes_images:
+        return title + f"{tokens.prefix} tokens shared ({tokens.image} of the image), {tokens.shortest} to {tokens.longest} a caption's own"
+    return title + f"responses to a conversation: {tokens.prefix} tokens shared, {tokens.shortest} a response's own"
 
 
 def _ways(report: Report) -> Table:
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     names = ("captions", "way", "time", "min..max", "captions/s", "tokens", "saved", "of limit", "x plain", "x padded", "differs by")
-    for name in names:
+    for name in map(report.subject.worded, names):
         table.add_column(name, justify="left" if name == "way" else "right", no_wrap=True)
     size = None
     for row in report.measured.rows:
@@ -74,7 +74,7 @@ def _ways(report: Report) -> Table:
 def _cells(report: Report, row: Row) -> Iterator[str]:
     last = row.runs[-1]
     yield str(row.num_captions)
-    yield row.way
+    yield report.subject.worded(row.way)
     yield _seconds(row.seconds)
     yield _span(row.fastest_s, row.slowest_s)
     yield f"{row.num_captions / row.seconds:.3g}"
@@ -97,8 +97,9 @@ def _ratio(report: Report, row: Row, reference: str) -> str:
 def _load(report: Report) -> list[Table]:
     if not report.levels:
         return []
-    table = Table(box=SIMPLE_HEAD, title="over HTTP, groups of 8, known images", title_justify="left")
-    for name in ("clients", "groups", "captions/s", "median", "slowest", "device idle"):
+    worded = report.subject.worded
+    table = Table(box=SIMPLE_HEAD, title=worded("over HTTP, groups of 8, known images"), title_justify="left")
+    for name in ("clients", "groups", worded("captions/s"), "median", "slowest", "device idle"):
         table.add_column(name, justify="right")
     for level in report.levels:
         idle = "too few batches" if level.idle_share is None else f"{level.idle_share:.1%}"
@@ -135,7 +136,7 @@ def _amount(hold: Hold, value: float) -> str:
 
 
 def _lines(report: Report) -> Iterator[str]:
-    yield from _agreement(report)
+    yield from map(report.subject.worded, _agreement(report))
     yield _limit(report)
     yield from _start(report)
     over = report.overhead

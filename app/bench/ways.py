@@ -16,8 +16,8 @@ import torch
 
 from app.bench.flops import Shapes, padded_flops, plain_flops, shared_flops
 from app.bench.loopback import Client
-from app.bench.workload import Workload, part_of
-from app.contracts import EncodedGroup, EncodedImage, Scorer, Scores
+from app.bench.workload import Source, part_of
+from app.contracts import EncodedGroup, Scorer, Scores
 from app.geometry import pad_rows
 from app.model import RewardModel
 from app.scoring import score_plain
@@ -45,7 +45,7 @@ class Run:
     num_cached_tokens: int
     flops: int
     gaps: tuple[float, ...] | None
-    is_as_named: bool = True  # whether cold computed picture and captions, and warm the captions and nothing else
+    is_as_named: bool = True  # whether cold computed picture or conversation and captions, and warm the captions and nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class Contestants:
     baseline: RewardModel | None
     scorer: Scorer
     client: Client
-    workload: Workload
+    workload: Source
     shapes: Shapes
     device: torch.device
     rate_now: Callable[[], float]
@@ -167,12 +167,11 @@ def warm_up(who: Contestants, sizes: Sequence[int], report: Tell) -> Estimate:
     for size in sizes:
         report(f"warming up, groups of {size}")
         request = who.workload.request(size)
-        group = who.workload.encode(request)
-        score_direct(who, group)
-        score_direct(who, who.workload.encode_for(_image_of(group), who.workload.captions(size)))
+        for asked in (request, who.workload.request(size, request)):
+            score_direct(who, who.workload.encode(asked))
         cold = who.workload.request(size)
         cold_s, (_, image_id) = _seconds(lambda cold=cold: who.client.send_bytes(cold))  # type: ignore[misc]
-        warm = who.workload.request(size, cold.image)
+        warm = who.workload.request(size, cold)
         warm_s, _ = _seconds(lambda image_id=image_id, warm=warm: who.client.send_id(image_id, warm))  # type: ignore[misc]
         shared_s += 2 * (cold_s + warm_s)  # over HTTP and directly
     one_s, padded_s = _warm_up_plain(who, report)
@@ -200,12 +199,6 @@ def _seconds(work: Callable[[], _Found]) -> tuple[float, _Found]:
     return time.perf_counter() - began, found
 
 
-def _image_of(group: EncodedGroup) -> EncodedImage:
-    if group.image is None:
-        raise ValueError("the workload has pictures")
-    return group.image
-
-
 @dataclass(frozen=True, slots=True)
 class _Clock:
     seconds: float
@@ -213,7 +206,7 @@ class _Clock:
 
 
 class _Turn:
-    """Every way once at one size: the direct ways and the server each on a picture nobody has seen, then again on that picture.
+    """Every way once at one size: the direct ways and the server each on a picture or conversation nobody has seen, then again on it.
 
     The ways that share nothing go first in even rounds and last in odd ones.
     """
@@ -225,11 +218,10 @@ class _Turn:
         self._sampled = number % size  # which caption of a group that the plain way does not run whole
         self._where = f"round {number + 1}, groups of {size}: "
         direct, served = who.workload.request(size), who.workload.request(size)
-        self._groups = {COLD: who.workload.encode(direct), HTTP_COLD: who.workload.encode(served)}
-        self._served = {HTTP_COLD: served, HTTP_WARM: who.workload.request(size, served.image)}
-        self._groups[WARM] = who.workload.encode_for(_image_of(self._groups[COLD]), who.workload.captions(size))
-        self._groups[HTTP_WARM] = who.workload.encode(self._served[HTTP_WARM])
-        self._image_id = ""
+        self._served = {HTTP_COLD: served, HTTP_WARM: who.workload.request(size, served)}
+        asked = {COLD: direct, WARM: who.workload.request(size, direct), **self._served}
+        self._groups = {way: who.workload.encode(request) for way, request in asked.items()}
+        self._image_id: str | None = None
         self.references: list[Sequence[float]] = []
 
     def run(self) -> list[tuple[str, Run]]:
@@ -257,7 +249,7 @@ class _Turn:
         """Only what was computed counts as work: the beginning of all groups may be known to a cold one."""
         group = self._groups[way]
         num_new = scores.num_computed_tokens - sum(len(row) - group.num_prefix for row in group.rows)  # of the prefix
-        is_as_named = num_new == 0 if way in (WARM, HTTP_WARM) else num_new >= _image_of(group).num_tokens
+        is_as_named = num_new == 0 if way in (WARM, HTTP_WARM) else num_new >= self._who.workload.num_unknown(group)
         flops = shared_flops(self._who.shapes, group, num_known=min(max(group.num_prefix - num_new, 0), group.num_prefix))
         return replace(_run(clock, scores, flops, gaps), is_as_named=is_as_named)
 

@@ -1,4 +1,7 @@
-"""What is measured: drawn cartoons, one prompt, captions of known lengths, as requests and as encoded groups. Knows no clock."""
+"""What is measured: drawn cartoons, one prompt, captions of known lengths, as requests and as encoded groups. Knows no clock.
+
+`Source` is what a measurement asks for; `conversations` has the one for text-only models.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -38,13 +42,32 @@ WORDS = tuple(_VOCABULARY.split())
 class Request:
     """A group as a client has it."""
 
-    image: bytes
+    image: bytes | None  # None: for a text-only model
     captions: tuple[str, ...]
     prompt: str = PROMPT
 
 
-class Workload:
+class Source(Protocol):
     """Makes groups that no cache has seen: the same ones for the same seed, others with every call."""
+
+    def request(self, num_captions: int, known: Request | None = None) -> Request:
+        """New captions: of a new picture or conversation, or of that of a known request."""
+
+    def encode(self, request: Request) -> EncodedGroup:
+        """What the scorer takes. Raises ApiError for what the artifact would refuse."""
+
+    def num_unknown(self, group: EncodedGroup) -> int:
+        """Prefix tokens of a new group that a scorer cannot have computed earlier, whatever it kept; at least."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever reads the numbers must know of the groups."""
+
+
+class Workload:
+    """Captions of cartoons. Implements `Source`."""
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, encoder: Encoder, limits: ImageLimits, seed: int = 0, size: tuple[int, int] = SIZE) -> None:
         self._encoder = encoder
@@ -52,9 +75,10 @@ class Workload:
         self._random = random.Random(seed)  # noqa: S311 (pictures, not secrets)
         self._size = size
 
-    def request(self, num_captions: int, image: bytes | None = None) -> Request:
-        """New captions for a new picture, or for one that is known."""
-        return Request(image or draw_image(self._random.getrandbits(32), self._size), self.captions(num_captions))
+    def request(self, num_captions: int, known: Request | None = None) -> Request:
+        """New captions for a new picture, or for that of a known request."""
+        image = draw_image(self._random.getrandbits(32), self._size) if known is None else known.image
+        return Request(image, self.captions(num_captions))
 
     def captions(self, count: int) -> tuple[str, ...]:
         """Captions of 10, 13, .. 31 words, in turn."""
@@ -62,18 +86,29 @@ class Workload:
 
     def encode(self, request: Request) -> EncodedGroup:
         """What the scorer takes. Raises ApiError for what the artifact would refuse."""
+        if request.image is None:
+            raise InvalidRequest("a cartoon has an image")
         return self.encode_for(self.encode_image(request.image), request.captions, request.prompt)
+
+    def num_unknown(self, group: EncodedGroup) -> int:
+        """The picture's tokens; what stands before it is the same in every group."""
+        return 0 if group.image is None else group.image.num_tokens
 
     def encode_image(self, data: bytes) -> EncodedImage:
         rgb = decode_image(data, self._limits, exif_transpose=self._encoder.config.image.exif_transpose)
         return self._encoder.encode_image(rgb)
 
-    def encode_for(self, image: EncodedImage, captions: Sequence[str], prompt: str = PROMPT) -> EncodedGroup:
-        group, errors = self._encoder.encode(Group(tuple(captions), prompt, image))
-        fault = next((error for error in errors if error is not None), None)
-        if group is None or fault is not None:
-            raise fault or InvalidRequest("nothing to score")
-        return group
+    def encode_for(self, image: EncodedImage | None, captions: Sequence[str], prompt: str = PROMPT) -> EncodedGroup:
+        return encode_whole(self._encoder, Group(tuple(captions), prompt, image))
+
+
+def encode_whole(encoder: Encoder, asked: Group) -> EncodedGroup:
+    """Every caption of it. Raises ApiError for the first that the artifact would refuse."""
+    group, errors = encoder.encode(asked)
+    fault = next((error for error in errors if error is not None), None)
+    if group is None or fault is not None:
+        raise fault or InvalidRequest("nothing to score")
+    return group
 
 
 def draw_image(seed: int, size: tuple[int, int] = SIZE) -> bytes:
