@@ -90,7 +90,7 @@ def text_loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback
 @pytest.fixture
 def talking(text_loopback: Loopback) -> Iterator[Contestants]:
     """Contestants over a text-only model."""
-    artifact, scorer = text_loopback.runtime.artifact, text_loopback.runtime.scorer
+    artifact, scorer = text_loopback.runtime.first.artifact, text_loopback.runtime.first.scorer
     baseline = load_model(artifact, device="cpu", dtype="float32").model
     source = Conversations(load_encoder(artifact), AS_USUAL, seed=next(SEEDS))
     shapes = Shapes.of(baseline.backbone.config)

@@ -97,7 +97,7 @@ async def serve_punchline(port: int, delay_s: float) -> None:
     settings, fake = Settings(), FakeScorer(delay_s)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     async with running(settings) as runtime:
-        scorer: Any = runtime.scorer
+        scorer: Any = runtime.first.scorer
         scorer.prepare, scorer.score = fake.prepare, fake.score  # that this is what answers shows in the scores, which are lengths
         await uvicorn.Server(_uvicorn(application(runtime), port)).serve()
 

@@ -143,8 +143,8 @@ def test_the_serving_ways_score_as_training_does(tiny: TinyRun, run: Path, expor
 
 async def test_the_engine_scores_the_golden_items_before_it_is_ready(exported: Path) -> None:
     async with running(load_settings(model=str(exported), offline=True)) as runtime:
-        assert runtime.last_report is not None
-        assert (runtime.last_report.kind, runtime.ready) == ("golden", True)
+        assert runtime.first.last_report is not None
+        assert (runtime.first.last_report.kind, runtime.ready) == ("golden", True)
 
 
 @pytest.mark.parametrize(
