@@ -9,10 +9,22 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from app.api import schemas
-from app.api.schemas import Answer, CompareRequest, GroupAnswer, Options, RankRequest, ScoreGroup, ScoreRequest, Strict, json_schema
+from app.api.schemas import (
+    Answer,
+    CompareRequest,
+    GroupAnswer,
+    Message,
+    Options,
+    RankRequest,
+    ScoreGroup,
+    ScoreRequest,
+    Strict,
+    json_schema,
+)
 
 REQUESTS: dict[type[Strict], dict[str, Any]] = {
     Options: {},
+    Message: {"role": "user", "content": "x"},
     ScoreGroup: {"captions": ["x"]},
     ScoreRequest: {"captions": ["x"]},
     CompareRequest: {"a": "x", "b": "y"},
@@ -48,6 +60,21 @@ def test_no_text_field_takes_anything_but_text(model: type[Strict], value: Any) 
     assert names or model is Options
 
 
+def test_captions_may_be_called_responses_and_a_prompt_messages() -> None:
+    said = [{"role": "user", "content": "Why?"}]
+    asked = ScoreRequest.model_validate({"groups": [{"responses": ["x"], "messages": said}]})
+    assert asked.groups is not None
+    assert (asked.groups[0].captions, [message.model_dump() for message in asked.groups[0].messages or []]) == (["x"], said)
+    for body in (
+        {"captions": ["x"], "responses": ["x"]},
+        {"captions": ["x"], "prompt": "x", "messages": said},
+        {"captions": ["x"], "messages": []},
+    ):
+        for model in (ScoreRequest, ScoreGroup, RankRequest):
+            with pytest.raises(ValidationError):
+                model.model_validate(body)
+
+
 @pytest.mark.parametrize("ids", [["a", "b"], ["a", None, None], [None, "a"], ["", "a"]])
 def test_ids_are_the_callers_own(ids: list[str | None]) -> None:
     asked = ScoreRequest.model_validate({"groups": [{"id": name, "captions": ["x"]} for name in ids]})
@@ -67,6 +94,6 @@ def test_answers_refuse_fields_they_do_not_document() -> None:
 
 def test_components_hold_every_model_a_schema_refers_to() -> None:
     found = json_schema(ScoreRequest, RankRequest)
-    assert set(found) == {"ScoreRequest", "ScoreGroup", "RankRequest"}
+    assert set(found) == {"ScoreRequest", "ScoreGroup", "RankRequest", "Message"}
     assert found["ScoreRequest"]["additionalProperties"] is False
     assert all(issubclass(kind, BaseModel) for kind in REQUESTS)
