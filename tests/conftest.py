@@ -16,9 +16,15 @@ from app.model import LoadedModel, load_model
 from tests.tiny import VisionFamily, write_published
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tiny models are faster so, and never wait for a busy core. A server that ran before took more, which rounds otherwise."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quiet_machine() -> None:
-    """One thread (tiny models are faster so, and never wait for a busy core), no settings from outside."""
+    """No settings from outside."""
     torch.set_num_threads(1)
     for name in [name for name in os.environ if name.startswith("PUNCHLINE_")]:
         del os.environ[name]

@@ -89,9 +89,9 @@ def test_training_starts_at_ln_2_moves_only_adapter_and_head_and_learns(artifact
     model = RewardModel(add_lora(backbone, Lora(r=2, alpha=4)).get_base_model(), head)
     frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
     groups = [encode_pairs(encoder, image_of(encoder, seed), None, PAIRS) for seed in (0, 1)]
-    optimisation = Optimisation(model.parameters(), num_steps=12, learning_rate=5e-3)
+    optimisation = Optimisation(model.parameters(), num_steps=18, learning_rate=5e-3)
     losses = []
-    for _ in range(12):
+    for _ in range(18):
         loss = bradley_terry_loss(score_pairs(model, groups).margins)
         optimisation.step(loss)
         losses.append(loss.item())
