@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import fields
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
+from torch import nn
 
 from app.artifacts import Artifact
 from app.bases import BACKBONE_NAMES, backbone_name, first_of, reason_of, refuse_doubles, tensor_names
@@ -74,12 +76,12 @@ def with_adapter(backbone: Any, artifact: Artifact, *, merge: bool) -> Any:
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # a refusal in `check_adapter`
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks transformers 5.23 so
             peft_model = PeftModel.from_pretrained(
-                backbone,
+                as_trained(backbone, artifact),
                 str(path),
                 adapter_name="default",
                 is_trainable=False,
-                config=of_backbone(LoraConfig.from_pretrained(str(path))),
-                key_mapping=BACKBONE_NAMES[backbone.config.model_type],
+                config=without_head(LoraConfig.from_pretrained(str(path))),
+                key_mapping=None if _is_classifier(artifact) else BACKBONE_NAMES[backbone.config.model_type],
             )
     except ArtifactInvalid as error:
         raise ArtifactInvalid(f"{path / ADAPTER_CONFIG_NAME}: {error}") from None
@@ -87,10 +89,29 @@ def with_adapter(backbone: Any, artifact: Artifact, *, merge: bool) -> Any:
         raise ArtifactInvalid(f"{path}: adapter does not fit the base ({reason_of(error)})") from None
     check_adapter(peft_model, artifact)
     # peft holds the adapter in float32, so merging sums in float32 and rounds once to the base's format; a test proves it
-    return peft_model.merge_and_unload() if merge else peft_model.get_base_model()
+    adapted = peft_model.merge_and_unload() if merge else peft_model.get_base_model()
+    return adapted.model if _is_classifier(artifact) else adapted
 
 
-def of_backbone(config: LoraConfig) -> LoraConfig:
+class _Classifier(nn.Module):
+    """A backbone where transformers' sequence classifiers have it: names and patterns of an adapter mean what they meant in training."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.model = backbone
+        self.config = backbone.config
+
+
+def as_trained(backbone: Any, artifact: Artifact) -> Any:
+    """The module whose names the adapter of an artifact was trained on, but for a head."""
+    return _Classifier(backbone) if _is_classifier(artifact) else backbone
+
+
+def _is_classifier(artifact: Artifact) -> bool:
+    return artifact.config.kind == "seq_cls_adapter"
+
+
+def without_head(config: LoraConfig) -> LoraConfig:
     """For the base without its head: the head of a SEQ_CLS adapter, which peft saves with it, is read apart."""
     if others := sorted(set(config.modules_to_save or ()) - _HEADS_OF_SEQ_CLS):
         raise ArtifactInvalid(f"modules_to_save {', '.join(others)}: expected plain LoRA, and at most its head beside it")
@@ -104,13 +125,25 @@ def check_adapter(peft_model: PeftModel, artifact: Artifact) -> None:
     family = peft_model.get_base_model().config.model_type
     apart = artifact.layout.head_prefix
     in_file = (name for name in tensor_names(path) if not apart or not name.startswith(apart))
-    names = [_PEFT_PREFIX + backbone_name(name.removeprefix(_PEFT_PREFIX), family) for name in in_file]
+    names = list(in_file)
+    if not _is_classifier(artifact):
+        names = [_PEFT_PREFIX + backbone_name(name.removeprefix(_PEFT_PREFIX), family) for name in names]
     refuse_doubles(path, names)
     expected, found = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False)), set(names)
     for what, wrong in (("missing", expected - found), ("unexpected", found - expected)):
         if wrong:
             raise ArtifactInvalid(f"{path}: {len(wrong)} {what} adapter keys, first {first_of(wrong)}")
+    _check_patterns(peft_model, artifact)
     strange = [name for name in expected if not name.endswith(_LORA_KEYS)]
     layers = [module for module in peft_model.modules() if isinstance(module, LoraLayer)]
     if strange or any(type(layer) is not LoraLinear or layer.lora_variant for layer in layers):
         raise ArtifactInvalid(f"{path}: expected plain LoRA on linear layers, found {min(strange, default='a variant of it')}")
+
+
+def _check_patterns(peft_model: PeftModel, artifact: Artifact) -> None:
+    """A rank or an alpha for layers that are none is one that does nothing: peft says so nowhere."""
+    config, names = peft_model.peft_config["default"], [name for name, each in peft_model.named_modules() if isinstance(each, LoraLayer)]
+    for what in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, what) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name.removeprefix(_PEFT_PREFIX)) for name in names):
+                raise ArtifactInvalid(f"{artifact.adapter_path / ADAPTER_CONFIG_NAME}: {what} for {pattern!r}, which is no layer with LoRA")

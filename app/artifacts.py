@@ -273,9 +273,11 @@ def open_artifact(
     offline: bool = False,
     require_pinned: bool = False,
     said: Mapping[str, Any] | None = None,
+    in_company: bool = False,
 ) -> Artifact:
     """Find the artifact and its base, check layout and hashes. Raises ArtifactInvalid with one line.
 
+    `in_company`: the base is meant for others beside it, and left aside by an artifact that carries its own.
     `said`: what somebody knows of a published folder that has no configuration of ours.
     `require_pinned`: a Hub id without a commit is refused, for what a branch or a tag names may change between two starts.
     """
@@ -285,6 +287,8 @@ def open_artifact(
     check_layout(root, config)
     check_hashes(root, config)
     assumed = tuple(f"{name}={_show(getattr(config, name))}" for name in guessed)
+    if in_company and LAYOUTS[config.kind].base is not None:
+        base_model = None
     artifact = Artifact(root, config, base_of(root, config, base_model, hub), assumed)
     artifact.golden()
     return artifact
@@ -431,6 +435,8 @@ def _short(value: Any) -> str:
 
 def _find(name: str, revision: str | None, hub: Hub, what: str) -> Path:
     """A directory as it is, else a pinned Hub snapshot."""
+    if not name:
+        raise ArtifactInvalid(f"no {what} is named; expected a directory or a Hub id (--base-model, for a base)")
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser it raises for no name
     if path.is_dir():
         return path

@@ -34,6 +34,7 @@ _MAX_PROMPTS = 256  # whose truncation is remembered
 _MAX_TURNS = 64  # of a conversation
 _MAX_SHAPES = 2 * _MAX_TURNS  # with and without a system's turn
 _MAX_SHOWN_TURNS = 4
+_NO_TEXT = b"\xff"  # no UTF-8 begins so: what is hashed behind it is no prompt that somebody could write
 _SEQUENCE_CLASSIFIERS = ("seq_cls", "seq_cls_adapter")
 _NUM_BYTES = 256  # byte-level tokenizers have a token for each
 _NFC_GROWTH = 3  # the most that composing may lengthen UTF-8 (UAX 15); the tokenizer composes
@@ -353,7 +354,8 @@ def _digest(setting: _Setting, *, is_text: bool) -> bytes:
     if is_text:
         return hashlib.sha256(setting.contents[0].encode()).digest()
     runs = [list(run.parts) if isinstance(run, TextRun) else run for run in setting.frame.runs]
-    return hashlib.sha256(json.dumps([runs, setting.frame.trims, setting.contents]).encode()).digest()
+    told = json.dumps([runs, setting.frame.trims, setting.contents])
+    return hashlib.sha256(_NO_TEXT + told.encode()).digest()
 
 
 def load_encoder(artifact: Artifact) -> Encoder:

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModel
 
-from app.adapters import adapter_config, check_adapter, of_backbone
+from app.adapters import adapter_config, as_trained, check_adapter, without_head
 from app.artifacts import Artifact, Hub, RewardModelConfig, base_of, check_hashes, check_layout, find_artifact, read_config
 from app.bases import backbone_name, first_of, head_keys, read_base_config, shards
 from app.encoding import load_encoder
@@ -99,15 +99,15 @@ def _check_adapter(artifact: Artifact, backbone: Any) -> None:
     path = artifact.adapter_path
     with torch.device("meta"):
         try:
-            adapted = PeftModel(backbone, of_backbone(LoraConfig.from_pretrained(str(path))), adapter_name="default")
+            adapted = PeftModel(as_trained(backbone, artifact), without_head(LoraConfig.from_pretrained(str(path))), adapter_name="default")
         except (ValueError, TypeError, KeyError) as error:
             raise ArtifactInvalid(f"{path}: adapter does not fit the base ({type(error).__name__}: {error})") from None
     check_adapter(adapted, artifact)
     ranks = {name.replace(".default", ""): list(each.shape) for name, each in adapted.state_dict().items() if ".lora_" in name}
     prefix = "base_model.model."
-    family = backbone.config.model_type
+    family = None if artifact.config.kind == "seq_cls_adapter" else backbone.config.model_type
     found = {
-        prefix + backbone_name(name.removeprefix(prefix), family): shape
+        name if family is None else prefix + backbone_name(name.removeprefix(prefix), family): shape
         for name, shape in tensor_shapes(path / ADAPTER_WEIGHTS_NAME).items()
         if ".lora_" in name
     }

@@ -80,7 +80,13 @@ async def running(settings: Settings) -> AsyncIterator[Runtime]:
 
 def _opened(settings: Settings, name: str, place: str) -> Artifact:
     with _naming(settings, name):
-        artifact = open_artifact(place, base_model=settings.base_model, offline=settings.offline, require_pinned=settings.require_pinned)
+        artifact = open_artifact(
+            place,
+            base_model=settings.base_model,
+            offline=settings.offline,
+            require_pinned=settings.require_pinned,
+            in_company=len(settings.artifacts) > 1,
+        )
     if artifact.assumed:
         log.warning("%s says little about itself; assumed: %s", artifact.root, ", ".join(artifact.assumed))
     if artifact.config.description:

@@ -246,6 +246,9 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
 
     def _part(self, name: _Name, image: EncodedImage | None, rows: Sequence[Ids]) -> _Part:
         image_id, prompt = name.key
+        prefix = rows[0][: name.num_prefix]
+        if not all(np.array_equal(row[: name.num_prefix], prefix) for row in rows):
+            raise ValueError("rows of one image and prompt begin with different ids")
         key = f"{self._fingerprint}:{image_id}:{prompt.hex()}"
         if self._deterministic:  # the bits of a row depend on where it leaves its prefix
             key = scope = f"{key}:{name.num_prefix}"
@@ -255,7 +258,7 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
             key=key,
             fresh=name.fresh,
             image=image,
-            prefix_ids=rows[0][: name.num_prefix],
+            prefix_ids=prefix,
             rows=tuple(rows),
             score_keys=tuple(f"{scope}:{hashlib.sha256(row.tobytes()).hexdigest()}" for row in rows),
         )
