@@ -27,6 +27,7 @@ from app.layouts import (
     KindLayout,
     chat_recipe,
     holds_tokenizer,
+    processor_files,
     published_config,
 )
 
@@ -52,7 +53,7 @@ _RECIPE = {
     "template", "default_prompt", "prompt_policy", "caption_role", "max_prompt_tokens", "max_caption_tokens", "max_tokens",
     "image", "pooling",
 }  # fmt: skip
-_LATER = ("head", "max_tokens")  # keys that configurations did not always have
+_LATER = ("head", "max_tokens")  # keys that configurations did not always have; image.alpha is another
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".pt2"}
 
 
@@ -66,6 +67,7 @@ class ImageRecipe(_Strict):
     long_edge: int | None = Field(448, ge=28, description="Larger pictures are shrunk to this long edge; null: native size.")
     resample: Literal["lanczos", "bicubic", "bilinear"] = "lanczos"
     exif_transpose: bool = False
+    alpha: Literal["drop", "white"] = Field("drop", description="Of an RGBA picture: left out, or laid on white as qwen_vl_utils does.")
 
 
 class Calibration(_Strict):
@@ -233,8 +235,12 @@ class Artifact:
     @property
     def processor_path(self) -> Path:
         """Of tokenizer, chat template and image processor; a published adapter without them leaves them to its base."""
-        path = self.root / self.layout.processor
-        return self.base_path if self.has_adapter and path == self.root and not holds_tokenizer(path) else path
+        return self.base_path if self.borrows_processor else self.root / self.layout.processor
+
+    @property
+    def borrows_processor(self) -> bool:
+        """Whether tokenizer and chat template are the base's own files."""
+        return self.has_adapter and self.layout.is_published_as_is and not holds_tokenizer(self.root)
 
     @property
     def head_path(self) -> Path:
@@ -357,6 +363,8 @@ def fingerprint(artifact: Artifact, base_digest: str, runtime: dict[str, str]) -
     hashed = base_files(artifact.base_path)
     scoring = [artifact.root / name for name in own if artifact.root / name not in hashed]
     files = {str(path.relative_to(artifact.root)): digest for path, digest in _hash_all(scoring)}
+    if artifact.borrows_processor:
+        files |= {f"base/{path.name}": digest for path, digest in _hash_all(processor_files(artifact.base_path))}
     return _digest({"config": config, "files": files, "base": base_digest, "runtime": runtime})
 
 
@@ -370,6 +378,8 @@ def _said(config: RewardModelConfig, **which: set[str]) -> dict[str, Any]:
     plain = {name: RewardModelConfig.model_fields[name].default for name in _LATER}
     unused = {name for name, default in plain.items() if getattr(config, name) == default}
     shown = config.model_dump(mode="json", **which)  # type: ignore[arg-type]
+    if "image" in shown and config.image.alpha == "drop":
+        del shown["image"]["alpha"]
     return {name: value for name, value in shown.items() if name not in unused}
 
 

@@ -45,6 +45,11 @@ Url = Annotated[str | None, typer.Option(help="Ask a running server instead of l
 Model = Annotated[str | None, typer.Option(help="A directory, a Hub id, `demo` or `newyorker`.")]
 Base = Annotated[str | None, typer.Option("--base-model", help="Where the base model lies.")]
 Prompt = Annotated[str | None, typer.Option(help="The instruction the captions answer.")]
+Role = Annotated[
+    Literal["assistant", "dialogue", "raw"] | None, typer.Option(help="Of a published folder that does not say it: what a caption is.")
+]
+Template = Annotated[str | None, typer.Option(help="As above: the prompt's text, or with --caption-role raw the whole.")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="As above: the longest text, image included.")]
 _NO_IMAGE = Path("-")
 
 
@@ -194,12 +199,16 @@ def compare(
 def info(
     model: Annotated[str | None, typer.Argument(help="A directory, a Hub id, `demo` (if none is named) or `newyorker`.")] = None,
     base_model: Base = None,
+    caption_role: Role = None,
+    template: Template = None,
+    max_tokens: MaxTokens = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Say what a folder is and what would stop it from being served, without loading it; or what a server has loaded."""
     _one_of(url, model, base_model)
-    card = remote_info(url, _key()) if url else _local_info(model or "demo", base_model)
+    said = _named(caption_role=caption_role, template=template, max_tokens=max_tokens)
+    card = remote_info(url, _key()) if url else _local_info(model or "demo", base_model, said)
     if as_json:
         out.print_json(data=card)
     else:
@@ -234,11 +243,9 @@ def convert(
         Path | None, typer.Option(help="JSON lines of {image, captions, prompt?} (a text-only model: no image) to become golden items.")
     ] = None,
     offline: Annotated[bool, typer.Option(help="Never ask the Hub.")] = False,
-    caption_role: Annotated[
-        Literal["assistant", "dialogue", "raw"] | None, typer.Option(help="Of a published folder that does not say it: what a caption is.")
-    ] = None,
-    template: Annotated[str | None, typer.Option(help="As above: the prompt's text, or with --caption-role raw the whole.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="As above: the longest text, image included.")] = None,
+    caption_role: Role = None,
+    template: Template = None,
+    max_tokens: MaxTokens = None,
 ) -> None:
     """Write the full artifact: safetensors head, every default spelt out, hashes, golden scores."""
     from app.converting import convert as run
@@ -339,11 +346,11 @@ def _local_compare(image: Path, a: str, b: str, prompt: str | None, model: str |
     }
 
 
-def _local_info(model: str, base_model: str | None) -> dict[str, Any]:
+def _local_info(model: str, base_model: str | None, said: dict[str, Any]) -> dict[str, Any]:
     _quiet_libraries()
     from app.inspecting import inspect_artifact
 
-    return inspect_artifact(model, base_model=base_model).as_dict()
+    return inspect_artifact(model, base_model=base_model, said=said).as_dict()
 
 
 def _local_selftest(model: str | None, base_model: str | None) -> dict[str, Any]:

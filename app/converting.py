@@ -28,6 +28,7 @@ from app.encoding import load_encoder
 from app.errors import ArtifactInvalid
 from app.golden import GoldenInput, asked_prompt, long_prompt, make_golden
 from app.heads import save_head
+from app.layouts import processor_files
 from app.model import load_model
 from app.scoring import score_plain
 
@@ -129,6 +130,8 @@ def _copy_parts(artifact: Artifact, target: Path) -> None:
     if artifact.layout.is_published_as_is:
         for name in listed_files(artifact.root, artifact.config):
             shutil.copy2(artifact.root / name, target / name)
+        for path in processor_files(artifact.base_path) if artifact.borrows_processor else ():
+            shutil.copy2(path, target / path.name)
         return
     for part in (ADAPTER_NAME, PROCESSOR_NAME) if artifact.has_adapter else (PROCESSOR_NAME,):
         shutil.copytree(artifact.root / part, target / part, ignore=shutil.ignore_patterns(".*", "*.md"))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,8 +24,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from app.artifacts import Artifact, RewardModelConfig
 from app.contracts import Conversation, EncodedGroup, EncodedImage, Explanation, Group, Ids, RgbImage, Role
 from app.errors import ApiError, ArtifactInvalid, ImageRejected, InvalidRequest, ItemRejected
-from app.framing import REASONING_ENDS, Frame, Framer, TextRun
+from app.framing import REASONING_ENDS, RESPONSE_BEGINS, Frame, Framer, TextRun
 from app.images import shrink, shrunk_size
+from app.layouts import PUBLISHED_AS_IS
 
 _Part = TypeVar("_Part")
 TEXT_ONLY_FAMILIES = ("qwen2", "qwen3")  # model types of bases without a vision tower
@@ -34,10 +37,10 @@ _MAX_PROMPTS = 256  # whose truncation is remembered
 _MAX_TURNS = 64  # of a conversation
 _MAX_SHAPES = 2 * _MAX_TURNS  # with and without a system's turn
 _MAX_SHOWN_TURNS = 4
+_WORTH_COUNTING = 1 << 14  # tokens of a bound
 _NO_TEXT = b"\xff"  # no UTF-8 begins so: what is hashed behind it is no prompt that somebody could write
 _SEQUENCE_CLASSIFIERS = ("seq_cls", "seq_cls_adapter")
 _NUM_BYTES = 256  # byte-level tokenizers have a token for each
-_NFC_GROWTH = 3  # the most that composing may lengthen UTF-8 (UAX 15); the tokenizer composes
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +85,12 @@ class Encoder:
     ) -> None:
         """`unread_id`: transformers' sequence classification pools the last token that is none of these, its base's padding."""
         self._config = config
-        self._plain = _plain_tokenizer(tokenizer)
-        self.special_tokens: dict[str, int] = dict(tokenizer.get_added_vocab())  # their text, and the ids that no caption may become
+        self._plain, self.special_tokens = _plain_tokenizer(tokenizer, keeps_ordinary=config.kind in PUBLISHED_AS_IS)
         self._processor = image_processor
         self._image_token_id = image_token_id
         self._framer = Framer(config, tokenizer, with_image=self.takes_images, unread_id=unread_id)
         self._of_text = self._framer.of_text()
-        self._of_roles = lru_cache(_MAX_SHAPES)(self._framer.of_roles)
+        self._of_roles = lru_cache(_MAX_SHAPES)(self._frame_or_fault)
         self._fit_prompt = lru_cache(_MAX_PROMPTS)(self._cut_prompt)  # prompts come again and again
         self._costs = lru_cache(_MAX_SHAPES)(self._template_tokens)
         if image_token_id is not None and self._of_text.first_ids.count(image_token_id) != 1:
@@ -119,12 +121,27 @@ class Encoder:
         """
         frame, contents = self._contents(prompt)
         limit = self._config.max_prompt_tokens if isinstance(prompt, str | None) else None
+        bound = self._bound(frame, num_image_tokens, [(contents, limit), (captions, self._config.max_caption_tokens)], _max_tokens)
+        if bound > _WORTH_COUNTING:  # as bytes it might be more than a queue holds, and be none of it
+            count = lambda text, most: min(len(self._plain.encode(text, add_special_tokens=False).ids), most or sys.maxsize)  # noqa: E731
+            bound = self._bound(frame, num_image_tokens, [(contents, limit), (captions, self._config.max_caption_tokens)], count)
+        return bound
+
+    def _bound(
+        self,
+        frame: Frame,
+        num_image_tokens: int,
+        texts: Sequence[tuple[Sequence[str], int | None]],
+        size_of: Callable[[str, int | None], int],
+    ) -> int:
+        """Tokens of a group by the sizes of its texts: those of the prompt's slots, and the captions, each with their limit."""
+        (contents, limit), (captions, caption_limit) = texts
         costs = self._costs(frame)
-        said = [_max_tokens(text, limit) for text in contents]
+        said = [size_of(text, limit) for text in contents]
         shared = costs.shared + num_image_tokens + sum(said[slot] for slot in costs.shared_slots)
         each = costs.own + sum(said[slot] for slot in costs.own_slots)
         most = self._config.max_tokens
-        rows = (each + _max_tokens(caption, self._config.max_caption_tokens) for caption in captions)
+        rows = (each + size_of(caption, caption_limit) for caption in captions)
         return shared + sum(rows if most is None else (min(row, most) for row in rows))
 
     @property
@@ -213,18 +230,28 @@ class Encoder:
         return frame, (opened,)
 
     def _of_conversation(self, roles: tuple[Role, ...]) -> Frame:
-        try:
-            return self._of_roles(roles)
-        except Exception as error:  # a template may raise whatever it likes at turns it does not know
+        found = self._of_roles(roles)
+        if isinstance(found, str):
             shown = ", ".join(roles[:_MAX_SHOWN_TURNS])
-            message = f"this model's chat template takes no conversation of {shown} ({type(error).__name__})"
-            raise InvalidRequest(message, field="messages", code="messages_not_allowed") from None
+            message = f"this model's chat template takes no conversation of {shown} ({found})"
+            raise InvalidRequest(message, field="messages", code="messages_not_allowed")
+        return found
+
+    def _frame_or_fault(self, roles: tuple[Role, ...]) -> Frame | str:
+        """What failed once would fail again, at the same cost."""
+        try:
+            return self._framer.of_roles(roles)
+        except Exception as error:  # a template may raise whatever it likes at turns it does not know
+            return type(error).__name__
 
     def _roles(self, conversation: Conversation) -> tuple[Role, ...]:
         """Of the turns of a conversation that this model takes. Raises InvalidRequest."""
         roles = tuple(turn.role for turn in conversation)
         if not self._framer.takes_conversations:
             raise InvalidRequest("this model takes a prompt, not messages", field="messages", code="messages_not_allowed")
+        if self._config.template != "{prompt}" or self._config.max_prompt_tokens is not None:
+            message = "this model's template writes, or cuts, the words of a prompt; a conversation would get round it"
+            raise InvalidRequest(message, field="messages", code="messages_not_allowed")
         if len(roles) > _MAX_TURNS:
             raise InvalidRequest(f"a conversation has at most {_MAX_TURNS} turns", field="messages")
         spoken = roles[1:] if roles[:1] == ("system",) else roles
@@ -239,8 +266,9 @@ class Encoder:
         field = "prompt" if isinstance(group.prompt, str | None) else "messages"
         if not all(map(_is_unicode, contents)):
             raise InvalidRequest(f"the {field} has lone surrogates", field=field, code="invalid_unicode")
-        if any(slot in frame.takes_apart and REASONING_ENDS in text for slot, text in enumerate(contents)):
-            raise InvalidRequest(f"this model's chat template takes a turn apart at {REASONING_ENDS}", field=field, code="prompt_unclear")
+        if any(frame.would_change(slot, text) for slot, text in enumerate(contents)):
+            message = f"this model's chat template reads more than words out of {REASONING_ENDS} or {RESPONSE_BEGINS}"
+            raise InvalidRequest(message, field=field, code="prompt_unclear")
         truncated = False
         if field == "prompt" and self._config.max_prompt_tokens is not None:
             text, truncated = self._fit_prompt(contents[0])
@@ -278,7 +306,7 @@ class Encoder:
         lengths = [0] * len(texts) if limit is None else self._lengths(texts, limit)
         is_bare = len(setting.frame.runs) == 1
         empty = [is_bare and not setting.text(text) for text in texts]
-        apart = [setting.frame.caption_slot in setting.frame.takes_apart and REASONING_ENDS in text for text in texts]
+        apart = [setting.frame.would_change(setting.frame.caption_slot, text) for text in texts]
         return [self._caption_error(*found) for found in zip(range(len(texts)), valid, lengths, empty, apart, strict=True)]
 
     def _lengths(self, texts: Sequence[str], limit: int) -> list[int]:
@@ -298,7 +326,7 @@ class Encoder:
         if empty:
             return ItemRejected("prompt and caption are both empty; there is nothing to score", code="empty_text", index=index)
         if apart:
-            message = f"this model's chat template takes a turn apart at {REASONING_ENDS}; send what follows it"
+            message = f"this model's chat template takes a turn apart at {REASONING_ENDS} or {RESPONSE_BEGINS}; send the words alone"
             return ItemRejected(message, code="caption_unclear", index=index)
         return None
 
@@ -367,6 +395,10 @@ def load_encoder(artifact: Artifact) -> Encoder:
     base = _read_base_config(artifact)
     tokenizer = _read("tokenizer", path, lambda: AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False))
     _check_vocabulary(path, tokenizer, base)
+    if added := tokenizer("")["input_ids"]:
+        raise ArtifactInvalid(
+            f"{path}: the tokenizer puts tokens of its own around a text ({added}), which the model's chat or text has not"
+        )
     processor = None if base["image_token_id"] is None else _load_image_processor(path, base)
     if tokenizer.chat_template is None and artifact.config.caption_role in ("user", "assistant"):
         raise ArtifactInvalid(f"{path}: no chat template")
@@ -426,7 +458,7 @@ def _max_tokens(text: str, limit: int | None) -> int:
 
 def _most_tokens(text: str) -> int:
     """No text has more tokens than bytes, composed as the tokenizer does it."""
-    return len(text) if text.isascii() else _NFC_GROWTH * len(text.encode("utf-8", "replace"))
+    return len(text) if text.isascii() else len(unicodedata.normalize("NFC", text).encode("utf-8", "replace"))
 
 
 def _read(what: str, path: Path, load: Callable[[], _Part]) -> _Part:
@@ -481,13 +513,20 @@ def _check_vocabulary(path: Path, tokenizer: Any, base: dict[str, Any]) -> None:
         raise ArtifactInvalid(f"{path}: tokenizer of another base: expected at most {num_known} tokens, found {len(tokenizer)}")
 
 
-def _plain_tokenizer(tokenizer: Any) -> Tokenizer:
-    """A copy of the tokenizer to which every added token is ordinary text."""
+def _plain_tokenizer(tokenizer: Any, *, keeps_ordinary: bool) -> tuple[Tokenizer, dict[str, int]]:
+    """A copy of the tokenizer to which every added token is ordinary text, and these: their text, and the ids that no caption may become.
+
+    `keeps_ordinary`: added tokens that are not special and look like none (`<think>`, `<tool_call>`) stay tokens, as in the recipes of
+    those who publish.
+    """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
+    off: dict[str, int] = {}
     for token in state["added_tokens"]:
-        token["special"] = True
+        if not keeps_ordinary or token["special"] or token["content"].startswith("<|"):
+            token["special"] = True
+            off[token["content"]] = token["id"]
     plain = Tokenizer.from_str(json.dumps(state))
     plain.encode_special_tokens = True
     plain.no_truncation()
     plain.no_padding()
-    return plain
+    return plain, off

@@ -24,7 +24,7 @@ _NAMED_SLOTS = {"{prompt}": 0, "{caption}": 1}
 _FIND_NAMED = re.compile("({prompt}|{caption})")
 _SPEAKERS: dict[Role, str] = {"user": "Human", "assistant": "Assistant"}
 _DIALOGUE_BEGINS, _DIALOGUE_ENDS = "\n\nHuman:", "\n\nAssistant:"  # of hh-rlhf (arXiv 2204.05862)
-REASONING_ENDS = "</think>"  # what some chat templates take a turn apart at
+REASONING_ENDS, RESPONSE_BEGINS = "</think>", "<tool_response>"  # what some chat templates take a turn apart at, or take for no question
 # What chat templates do to the ends of a turn, least first; two probes tell them apart.
 _TRIMS: dict[str, Callable[[str], str]] = {
     "verbatim": lambda text: text,
@@ -60,7 +60,7 @@ class Frame:
     runs: tuple[Ids | TextRun, ...]
     num_slots: int
     trims: tuple[str, ...] = ()  # of each slot, what the template does to the ends of its text; empty: nothing
-    takes_apart: frozenset[int] = frozenset()  # slots whose text the template would read a reasoning out of
+    takes_apart: frozenset[int] = frozenset()  # slots whose text the template would read more out of than words
 
     @property
     def caption_slot(self) -> int:
@@ -76,6 +76,10 @@ class Frame:
         """What every row of this frame begins with."""
         first = self.runs[0]
         return () if isinstance(first, TextRun) else first
+
+    def would_change(self, slot: int, text: str) -> bool:
+        """Whether the template makes something else of this text, and perhaps of the turns beside it."""
+        return slot in self.takes_apart and (REASONING_ENDS in text or text.lstrip().startswith(RESPONSE_BEGINS))
 
     def trimmed(self, slot: int, text: str) -> str:
         """As the template would leave it."""
@@ -157,7 +161,8 @@ class Framer:
         trims, apart = [], set()
         for number, slot in enumerate(slots):
             trims.append(self._trim_of(roles, slots, number, chat))
-            if not self._keeps(roles, slots, number, chat, f"{slot}{REASONING_ENDS}{slot}"):
+            marked = (f"{slot}{REASONING_ENDS}{slot}", f"{RESPONSE_BEGINS}{slot}{RESPONSE_BEGINS.replace('<', '</')}")
+            if not all(self._keeps(roles, slots, number, chat, text) for text in marked):
                 apart.add(number)
         return Frame(self._cut(chat), len(roles), tuple(trims), frozenset(apart))
 

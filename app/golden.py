@@ -132,7 +132,7 @@ def encode_captions(
     if (data is None) == encoder.takes_images:
         raise ArtifactInvalid(f"{name}: this model {'needs an' if encoder.takes_images else 'takes no'} image")
     try:
-        image = None if data is None else decode_image(data, limits, exif_transpose=config.image.exif_transpose)
+        image = None if data is None else decode_image(data, limits, exif_transpose=config.image.exif_transpose, alpha=config.image.alpha)
         pixels = None if image is None else encoder.encode_image(image)
         group, errors = encoder.encode(Group(tuple(given.captions), given.prompt, pixels))
     except ApiError as error:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,11 +107,12 @@ def _probe(plain: _Plain, limits: ImageLimits) -> tuple[int, int]:
     return width, height
 
 
-def decode_image(data: bytes, limits: ImageLimits, *, exif_transpose: bool) -> RgbImage:
+def decode_image(data: bytes, limits: ImageLimits, *, exif_transpose: bool, alpha: Literal["drop", "white"] = "drop") -> RgbImage:
     """The whole picture as RGB at its own size.
 
-    Alpha is dropped and palettes are expanded as `Image.convert("RGB")` does, which is what the training recipes did;
-    16-bit grey is scaled to 8 bits, not clipped. Truncated or corrupt files raise ImageRejected, never a grey rest.
+    Alpha is dropped (or, "white", an RGBA picture laid on white) and palettes are expanded as `Image.convert("RGB")` does, which is
+    what the training recipes did; 16-bit grey is scaled to 8 bits, not clipped. Truncated or corrupt files raise ImageRejected, never a
+    grey rest.
     """
     plain = _plain(data, limits)
     _probe(plain, limits)
@@ -124,7 +125,15 @@ def decode_image(data: bytes, limits: ImageLimits, *, exif_transpose: bool) -> R
             image.load()
             turn = _TURNS.get(_orientation(plain, image)) if exif_transpose else None
             turned = image if turn is None else image.transpose(turn)
-            return RgbImage(image_id(data), np.asarray(_to_rgb(turned)))
+            rgb = _on_white(turned) if alpha == "white" and turned.mode == "RGBA" else _to_rgb(turned)
+            return RgbImage(image_id(data), np.asarray(rgb))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """As `qwen_vl_utils.vision_process.to_rgb`."""
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image.getchannel("A"))
+    return white
 
 
 def check_limits(limits: ImageLimits, encoder: GroupEncoder) -> None:

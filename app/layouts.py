@@ -23,6 +23,10 @@ VALUE_HEAD_NAME = "value_head.safetensors"
 HERE = "."  # the artifact's own folder
 _MAX_ASSUMED_TOKENS = 8192  # of a caption with all before it, where nothing says what the model was trained on
 _TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json")
+_PROCESSOR_NAMES = {
+    *_TOKENIZER_NAMES, "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,9 @@ LAYOUTS: Mapping[Kind, KindLayout] = {
     "seq_cls": KindLayout("a whole sequence-classification checkpoint with one label", _OWN, None, HERE, None, "score."),
     "value_head": KindLayout("a whole checkpoint with a value head beside it", _OWN, None, HERE, VALUE_HEAD_NAME, "v_head.summary."),
 }
+
+
+PUBLISHED_AS_IS = frozenset(kind for kind, layout in LAYOUTS.items() if layout.is_published_as_is)
 
 
 def published_config(root: Path, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +128,7 @@ def chat_recipe(root: Path) -> dict[str, Any]:
         "max_prompt_tokens": None,
         "max_caption_tokens": None,
         "max_tokens": min(longest, _MAX_ASSUMED_TOKENS) if isinstance(longest, int) else _MAX_ASSUMED_TOKENS,
-        "image": {"long_edge": None},
+        "image": {"long_edge": None, "alpha": "white"},  # as qwen_vl_utils loads pictures, with which their cards do
         "dtype": number if number in ("float32", "bfloat16") else "bfloat16",
     }
 
@@ -130,6 +137,10 @@ def kind_of(root: Path) -> Kind:
     """The kind of a published folder, by its files. Raises ArtifactInvalid, saying what it is instead."""
     if (root / ADAPTER_CONFIG_NAME).is_file():
         task = _json(root / ADAPTER_CONFIG_NAME).get("task_type")
+        if task != "SEQ_CLS" and (root / VALUE_HEAD_NAME).is_file():
+            raise ArtifactInvalid(
+                f"{root}: an adapter for the task {task!r} with a value head beside it; merge it into its base, then it is served"
+            )
         if task != "SEQ_CLS":
             raise ArtifactInvalid(f"{root}: an adapter for the task {task!r}, which has no reward head; expected SEQ_CLS")
         return "seq_cls_adapter"
@@ -145,6 +156,11 @@ def kind_of(root: Path) -> Kind:
 
 def holds_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER_NAMES)
+
+
+def processor_files(folder: Path) -> list[Path]:
+    """Those of tokenizer, chat template and image processor, among others."""
+    return sorted(path for path in folder.iterdir() if path.name in _PROCESSOR_NAMES and path.is_file())
 
 
 def _json(path: Path) -> dict[str, Any]:

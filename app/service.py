@@ -344,7 +344,8 @@ class ScoringService:
         return fresh
 
     def _decoded(self, data: bytes) -> EncodedImage:
-        return self._encoder.encode_image(decode_image(data, self._limits, exif_transpose=self._config.image.exif_transpose))
+        recipe = self._config.image
+        return self._encoder.encode_image(decode_image(data, self._limits, exif_transpose=recipe.exif_transpose, alpha=recipe.alpha))
 
     def _bytes(self, source: bytes | str) -> bytes:
         data = source if isinstance(source, bytes) else self._image_store.get(source)

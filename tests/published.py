@@ -66,7 +66,7 @@ def write_seq_cls_adapter(root: Path, *, seed: int = 0, **lora: Any) -> Path:
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.05)
+                parameter.normal_(std=0.1)
             if "modules_to_save" in name:
                 parameter.normal_(std=HIDDEN**-0.5)
     adapted.save_pretrained(root / "adapter")
@@ -141,7 +141,7 @@ def score_value_head(folder: Path, asked: Asked) -> float:
     content = [{"type": "image"}, {"type": "text", "text": asked.messages[0]["content"]}]
     later = [*asked.messages[1:], {"role": "assistant", "content": asked.answer}]
     text = tokenizer.apply_chat_template([{"role": "user", "content": content}, *later], tokenize=False, add_generation_prompt=False)
-    seen = processor(images=[Image.open(io.BytesIO(asked.picture or b"")).convert("RGB")], return_tensors="pt")
+    seen = processor(images=[_to_rgb(Image.open(io.BytesIO(asked.picture or b"")))], return_tensors="pt")
     count = int(seen["image_grid_thw"][0].prod()) // processor.merge_size**2
     inputs = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * count), return_tensors="pt")
     types = (inputs["input_ids"] == model.config.image_token_id).int()
@@ -150,6 +150,15 @@ def score_value_head(folder: Path, asked: Asked) -> float:
         hidden = model(**inputs, **seen, mm_token_type_ids=types, output_hidden_states=True).hidden_states[-1]
         values = hidden @ head["v_head.summary.weight"].T + head["v_head.summary.bias"]
     return float(values[0, inputs["attention_mask"].sum() - 1, 0])
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """As qwen_vl_utils loads a picture, with which the card does."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image.split()[3])
+    return white
 
 
 def _tokenizer(template: str | None) -> Qwen2Tokenizer:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -14,6 +16,7 @@ import torch
 import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import AutoTokenizer
 
 from app.artifacts import CONFIG_NAME, Artifact, open_artifact
@@ -24,8 +27,10 @@ from app.converting import convert
 from app.encoding import Encoder, load_encoder
 from app.engine import Engine
 from app.errors import ArtifactInvalid, InvalidRequest
+from app.framing import TextRun
 from app.images import decode_image
 from app.inspecting import inspect_artifact
+from app.layouts import processor_files
 from app.main import running
 from app.model import RewardModel, load_model
 from app.scoring import score_plain, score_shared
@@ -151,6 +156,151 @@ def test_a_prompt_that_is_a_text_is_one_turn(loaded: dict[str, Loaded], name: st
     as_turn = group_of(encoder, QUESTION, ANSWERS, seen)
     assert as_text is not None
     assert [row.tolist() for row in as_text.rows] == [row.tolist() for row in as_turn.rows]
+
+
+LORA: dict[str, dict[str, Any]] = {
+    "alpha of one layer": {"alpha_pattern": {"model.layers.0.self_attn.q_proj": 64}},
+    "alpha by a regular expression": {"alpha_pattern": {"^model.layers.1.self_attn.v_proj": 64}},
+    "rank of one layer": {"rank_pattern": {"model.layers.1.self_attn.o_proj": 2}},
+    "one layer alone": {"layers_to_transform": [1]},
+    "targets by a regular expression": {"target_modules": r"model\.layers\.\d+\.self_attn\.(q|v)_proj"},
+    "targets by their whole names": {"target_modules": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]},
+    "all linear layers": {"target_modules": "all-linear"},
+    "rank-stabilised": {"use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_an_adapter_means_what_it_meant_in_training(tmp_path: Path, name: str) -> None:
+    folder = write_seq_cls_adapter(tmp_path, **LORA[name])
+    artifact = open_artifact(str(folder), said=PUBLISHED["seq_cls_adapter"].said)
+    group = group_of(load_encoder(artifact), QUESTION, ANSWERS[:3], None)
+    expected = [PUBLISHED["seq_cls_adapter"].score(folder, Asked(QUESTION, answer)) for answer in ANSWERS[:3]]
+    for lora in ("merged", "unmerged"):
+        (found,) = score_plain(load_model(artifact, lora=lora).model, [group])  # type: ignore[arg-type]
+        assert found.values == pytest.approx(expected, abs=1e-4)
+    assert inspect_artifact(str(folder), said=PUBLISHED["seq_cls_adapter"].said).stops == []
+
+
+def test_a_pattern_for_no_layer_is_refused(tmp_path: Path) -> None:
+    folder = write_seq_cls_adapter(tmp_path)
+    edit_json(folder / "adapter_config.json", alpha_pattern={"layers.9.self_attn.q_proj": 64})
+    with pytest.raises(ArtifactInvalid, match=r"alpha_pattern .*layers\.9\.self_attn\.q_proj"):
+        load_model(open_artifact(str(folder), said=PUBLISHED["seq_cls_adapter"].said))
+
+
+def test_a_transparent_picture_is_laid_on_white_as_the_card_does(loaded: dict[str, Loaded]) -> None:
+    at, stream = loaded["value_head"], io.BytesIO()
+    picture_of = Image.open(io.BytesIO(picture(120, 90))).convert("RGBA")
+    picture_of.putalpha(Image.linear_gradient("L").resize(picture_of.size))
+    picture_of.save(stream, "PNG")
+    seen = stream.getvalue()
+    rgb = decode_image(seen, LIMITS, exif_transpose=False, alpha=at.artifact.config.image.alpha)
+    group, _ = at.encoder.encode(Group(tuple(ANSWERS[:2]), conversation(QUESTION), at.encoder.encode_image(rgb)))
+    assert group is not None
+    expected = [PUBLISHED["value_head"].score(at.folder, Asked(QUESTION, answer, seen)) for answer in ANSWERS[:2]]
+    (found,) = score_plain(at.model, [group])
+    assert found.values == pytest.approx(expected, abs=1e-4)
+
+
+@each_kind
+def test_added_tokens_that_are_not_special_are_tokens_as_in_the_recipe(loaded: dict[str, Loaded], name: str) -> None:
+    at, kind = loaded[name], PUBLISHED[name]
+    seen, answers = seen_by(kind), ["<tool_call> no </tool_call>", "<think> Because."]
+    (found,) = score_plain(at.model, [group_of(at.encoder, QUESTION, answers, seen)])
+    assert found.values == pytest.approx([kind.score(at.folder, Asked(QUESTION, answer, seen)) for answer in answers], abs=1e-4)
+
+
+def test_a_tokenizer_that_adds_tokens_of_its_own_is_refused(tmp_path: Path) -> None:
+    folder = write_seq_cls(tmp_path)
+    tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
+    end = next(token for token in tokenizer["added_tokens"] if token["content"] == "<|im_end|>")
+    said = {"id": end["content"], "ids": [end["id"]], "tokens": [end["content"]]}
+    template = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": end["content"], "type_id": 0}}]
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": template,
+        "pair": template,
+        "special_tokens": {end["content"]: said},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ArtifactInvalid, match="the tokenizer puts tokens of its own around a text"):
+        load_encoder(open_artifact(str(folder)))
+
+
+def test_a_borrowed_tokenizer_counts_and_is_copied(tmp_path: Path) -> None:
+    """Of an adapter published without: what its base's template says is in the fingerprint, and in the converted artifact."""
+    folder = write_seq_cls_adapter(tmp_path)
+    for path in processor_files(folder):
+        path.unlink()
+    said = {"caption_role": "assistant", "max_tokens": 512}
+    first = load_model(open_artifact(str(folder), said=said)).fingerprint
+    target = convert(str(folder), tmp_path / "full", base_model=None, inputs=[], offline=True, progress=lambda step: None, said=said)
+    assert {path.name for path in processor_files(target)} == {path.name for path in processor_files(tmp_path / "base")}
+    template = tmp_path / "base/chat_template.jinja"
+    template.write_text(template.read_text().replace("helpful", "gruff"))
+    assert load_model(open_artifact(str(folder), said=said)).fingerprint != first
+    assert load_encoder(open_artifact(str(target))).config.max_tokens == 512
+
+
+def test_nobody_can_write_the_key_of_a_conversation(loaded: dict[str, Loaded]) -> None:
+    """A prompt that is exactly what is hashed of a conversation has another key; rows under one key with other beginnings are refused."""
+    at = loaded["seq_cls_adapter"]
+    victim = group_of(at.encoder, LONGER, ANSWERS[:2], None)
+    setting = at.encoder._setting(Group(("x",), conversation(LONGER)))
+    runs = [list(run.parts) if isinstance(run, TextRun) else run for run in setting.frame.runs]
+    spelt, _ = at.encoder.encode(Group(("No.",), json.dumps([runs, setting.frame.trims, setting.contents])))
+    assert spelt is not None
+    assert spelt.key != victim.key
+    with pytest.raises(ValueError, match="rows of one image and prompt begin with different ids"):
+        reusing(at.engine).prepare([victim, replace(spelt, key=victim.key)])
+
+
+def test_long_texts_are_counted_before_they_are_refused(loaded: dict[str, Loaded]) -> None:
+    """As bytes these were far more than they are; what is admitted is within a few tokens of the truth."""
+    encoder = loaded["seq_cls"].encoder
+    captions = tuple(f"{number} " + "the penguin in the office. " * 60 for number in range(12))
+    group, errors = encoder.encode(Group(captions, "Why?"))
+    assert group is not None
+    assert not any(errors)
+    assert group.num_tokens <= encoder.max_tokens(0, "Why?", captions) <= 1.1 * group.num_tokens + 200
+
+
+def test_a_question_that_is_no_question_to_the_template_is_refused(tmp_path: Path) -> None:
+    user = "{%- if message.role == 'user'"
+    told = THINKING_TEMPLATE.replace(user, user + " and not message.content.startswith('<tool_response>')", 1)
+    template = told.replace("namespace(user=0)", "namespace(user=99)")
+    encoder = load_encoder(open_artifact(str(write_seq_cls(tmp_path, template=template))))
+    with pytest.raises(InvalidRequest) as refusal:
+        encoder.encode(Group(("No.",), "<tool_response>42</tool_response>"))
+    assert refusal.value.code == "prompt_unclear"
+    assert encoder.encode(Group(("No.",), "42"))[1] == [None]
+
+
+def test_messages_do_not_get_round_a_template(loaded: dict[str, Loaded]) -> None:
+    config = loaded["seq_cls"].artifact.config
+    for changes in ({"template": "Question: {prompt}"}, {"max_prompt_tokens": 100}):
+        artifact = replace(loaded["seq_cls"].artifact, config=config.model_copy(update=changes))
+        with pytest.raises(InvalidRequest) as refusal:
+            load_encoder(artifact).encode(Group(("No.",), conversation(QUESTION)))
+        assert refusal.value.code == "messages_not_allowed"
+
+
+def test_an_adapter_without_a_base_asks_for_one(tmp_path: Path) -> None:
+    folder = write_seq_cls_adapter(tmp_path)
+    edit_json(folder / "adapter_config.json", base_model_name_or_path=None)
+    with pytest.raises(ArtifactInvalid, match="no base model is named"):
+        open_artifact(str(folder), said=PUBLISHED["seq_cls_adapter"].said)
+    assert (
+        open_artifact(str(folder), base_model=str(tmp_path / "base"), said=PUBLISHED["seq_cls_adapter"].said).base_path == tmp_path / "base"
+    )
+
+
+def test_a_base_for_several_models_is_left_aside_by_those_that_carry_theirs(loaded: dict[str, Loaded], tmp_path: Path) -> None:
+    folder = str(loaded["value_head"].folder)
+    assert open_artifact(folder, base_model=str(tmp_path), in_company=True).base_path == loaded["value_head"].folder
+    with pytest.raises(ArtifactInvalid, match="carries its trained base"):
+        open_artifact(folder, base_model=str(tmp_path))
 
 
 # Converted and served

@@ -79,7 +79,8 @@ class Collator:
 def read_image(encoder: Encoder, path: Path) -> EncodedImage:
     """A picture file through the serving path. Raises DataInvalid naming the file."""
     try:
-        return encoder.encode_image(decode_image(path.read_bytes(), _LIMITS, exif_transpose=encoder.config.image.exif_transpose))
+        recipe = encoder.config.image
+        return encoder.encode_image(decode_image(path.read_bytes(), _LIMITS, exif_transpose=recipe.exif_transpose, alpha=recipe.alpha))
     except OSError as error:
         raise DataInvalid(f"{path}: cannot be read ({error.strerror})") from None
     except ApiError as error:

@@ -157,9 +157,10 @@ class LocalScorer:
 
     def _encode_image(self, path: Path) -> EncodedImage:
         if self._pixels is None or self._pixels[0] != path:
-            transpose = self._encoder.config.image.exif_transpose
+            recipe = self._encoder.config.image
             try:
-                self._pixels = path, self._encoder.encode_image(decode_image(_read(path), LIMITS, exif_transpose=transpose))
+                rgb = decode_image(_read(path), LIMITS, exif_transpose=recipe.exif_transpose, alpha=recipe.alpha)
+                self._pixels = path, self._encoder.encode_image(rgb)
             except RequestError as error:
                 raise _blamed(error, path) from None
         return self._pixels[1]

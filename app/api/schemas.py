@@ -36,7 +36,11 @@ class Message(Strict):
 
 Messages = Annotated[
     list[Message] | None,
-    Field(min_length=1, description="In place of prompt, of a model whose captions are answers: the conversation, the user's turn last."),
+    Field(
+        min_length=1,
+        max_length=128,
+        description="In place of prompt, where captions are answers: the conversation, its last turn the user's.",
+    ),
 ]
 CAPTION_NAMES = ("captions", "responses")  # what captions may be called: text-only models score responses
 _CAPTIONS = Field(min_length=1, examples=[CAPTIONS_EXAMPLE], description="Or `responses`.", validation_alias=AliasChoices(*CAPTION_NAMES))

@@ -95,7 +95,8 @@ class Workload:
         return 0 if group.image is None else group.image.num_tokens
 
     def encode_image(self, data: bytes) -> EncodedImage:
-        rgb = decode_image(data, self._limits, exif_transpose=self._encoder.config.image.exif_transpose)
+        recipe = self._encoder.config.image
+        rgb = decode_image(data, self._limits, exif_transpose=recipe.exif_transpose, alpha=recipe.alpha)
         return self._encoder.encode_image(rgb)
 
     def encode_for(self, image: EncodedImage | None, captions: Sequence[str], prompt: str = PROMPT) -> EncodedGroup:
