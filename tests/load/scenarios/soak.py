@@ -18,7 +18,6 @@ from tests.load.wire import Lost, Pool
 _NUM_WORKERS, _HOSTILE_SHARE = 8, 0.05
 _MAX_SHORT_SLOPE = 4000.0  # MiB/h: in seconds only what is gross shows; the long version asks for an interval with 0 in it
 _THINK_S = 0.01
-_WARM_S = 900.0  # the allocators go on taking what they keep: +7 MiB/h in the first quarter of an hour, +0.05 in the next ones
 
 
 @dataclass(slots=True)
@@ -80,7 +79,7 @@ async def run(run: Run) -> Report:
         for request in asker.uploads():
             await traffic.pool.ask(request)
         warm = Traffic(traffic.pool, asker)  # caches fill, threads start, the allocator takes what it will keep
-        await _drive(warm, run.pick(1.5, _WARM_S))
+        await _drive(warm, run.pick(1.5, 120.0))
         await settled(server)
         idle_files = server.num_files
         watching = asyncio.create_task(course.watch(server, run.pick(0.05, 5.0)))
