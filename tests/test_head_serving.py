@@ -78,7 +78,7 @@ def test_the_score_is_that_of_torch_on_the_last_hidden_state(worlds: Worlds, hea
         between = nn.functional.gelu(inner) if "gelu" in str(world.plain.head.spec) else nn.functional.silu(inner)
         expected = between @ tensors["2.weight"].T + tensors.get("2.bias", 0)
     np.testing.assert_allclose(plain.values, expected.squeeze(-1).numpy(), atol=1e-5)
-    assert np.ptp(plain.values) > 1e-2
+    assert np.ptp(plain.values) > 5e-3
 
 
 def hidden_of(model: RewardModel, group: EncodedGroup) -> Tensor:
