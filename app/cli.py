@@ -216,8 +216,8 @@ def info(
         for name, value in card.items():
             table.add_row(name, _literal(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
         out.print(table)
-    if card.get("stops"):
-        _complain(f"would not be served: {len(card['stops'])} reasons, first {card['stops'][0]}")
+    if stops := card.get("stops"):
+        _complain(f"would not be served: {stops[0]}" + (f" (and {len(stops) - 1} more)" if stops[1:] else ""))
         sys.exit(StartRefused.exit_code)
 
 
