@@ -153,7 +153,7 @@ class Routes:
         state["responses"] = _STATE_ERRORS
         router.add_api_route("/info", self.info, summary="What is loaded", response_model=dict[str, Any], **state)
         failed = {500: {"model": SelfTestAnswer | ErrorAnswer, "description": "Other scores than the golden ones, or none."}}
-        state["responses"] = _STATE_ERRORS | failed
+        state["responses"] = _STATE_ERRORS | failed | {status: ERRORS[status] for status in (404, 422)}  # of `model`
         router.add_api_route(
             "/selftest", self.selftest, methods=["POST"], response_model=SelfTestAnswer, summary="Golden scores, now", **state
         )
