@@ -70,6 +70,7 @@ def _check_adapter_file(path: Path) -> None:
 
 
 def with_adapter(backbone: Any, artifact: Artifact, *, merge: bool) -> Any:
+    """The backbone with the artifact's adapter in it, or beside its layers. Raises ArtifactInvalid for one that does not fit."""
     path = artifact.adapter_path
     try:
         with warnings.catch_warnings():
@@ -122,12 +123,9 @@ def without_head(config: LoraConfig) -> LoraConfig:
 def check_adapter(peft_model: PeftModel, artifact: Artifact) -> None:
     """PEFT only warns about missing keys and says nothing of others; here each is a refusal."""
     path = artifact.adapter_path / ADAPTER_WEIGHTS_NAME
-    family = peft_model.get_base_model().config.model_type
     apart = artifact.layout.head_prefix
     in_file = (name for name in tensor_names(path) if not apart or not name.startswith(apart))
-    names = list(in_file)
-    if not _is_classifier(artifact):
-        names = [_PEFT_PREFIX + backbone_name(name.removeprefix(_PEFT_PREFIX), family) for name in names]
+    names = [peft_name(name, peft_model, artifact) for name in in_file]
     refuse_doubles(path, names)
     expected, found = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False)), set(names)
     for what, wrong in (("missing", expected - found), ("unexpected", found - expected)):
@@ -140,8 +138,15 @@ def check_adapter(peft_model: PeftModel, artifact: Artifact) -> None:
         raise ArtifactInvalid(f"{path}: expected plain LoRA on linear layers, found {min(strange, default='a variant of it')}")
 
 
+def peft_name(name: str, peft_model: PeftModel, artifact: Artifact) -> str:
+    """What an adapter's tensor is called in memory, whichever of its published names it has on disk."""
+    if _is_classifier(artifact):
+        return name
+    return _PEFT_PREFIX + backbone_name(name.removeprefix(_PEFT_PREFIX), peft_model.get_base_model().config.model_type)
+
+
 def _check_patterns(peft_model: PeftModel, artifact: Artifact) -> None:
-    """A rank or an alpha for layers that are none is one that does nothing: peft says so nowhere."""
+    """A rank or an alpha for layers that are none does nothing, of which peft only warns."""
     config, names = peft_model.peft_config["default"], [name for name, each in peft_model.named_modules() if isinstance(each, LoraLayer)]
     for what in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, what) or {}:

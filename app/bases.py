@@ -18,7 +18,7 @@ from app.artifacts import Artifact
 from app.encoding import FAMILIES
 from app.errors import ArtifactInvalid
 
-_UNUSED_BASE_KEYS = {"lm_head.weight"}
+UNUSED_BASE_KEYS = {"lm_head.weight"}
 # Names within a whole model, old (`visual`, `model`) and new (`model.visual`, `model.language_model`), to those within the backbone; the
 # first that matches counts. transformers 5.23 takes `model.visual` of a base for a part of the language model; peft knows none of them.
 _OLD_AND_NEW = {r"^model\.visual\.": "visual.", r"^model\.language_model\.": "language_model.", r"^model\.": "language_model."}
@@ -41,7 +41,7 @@ def load_backbone(artifact: Artifact, dtype: torch.dtype) -> Any:
     path = artifact.base_path
     config = read_base_config(path)
     key_mapping = _key_mapping(path, config.model_type)
-    unused = _UNUSED_BASE_KEYS | head_keys(artifact)
+    unused = UNUSED_BASE_KEYS | head_keys(artifact)
     try:
         backbone, info = AutoModel.from_pretrained(
             path,

@@ -57,6 +57,7 @@ class Turn:
     content: str
 
 
+MAX_TURNS = 64  # of a conversation
 Conversation: TypeAlias = tuple[Turn, ...]  # what the captions answer; its last turn is the user's
 
 

@@ -1,6 +1,6 @@
-"""Groups to token ids and pixels: the only place that knows the chat template, the text template and the image recipe.
+"""Groups to token ids and pixels: texts in their slots, and the image recipe.
 
-User text is tokenised with every added token switched off, so `<|im_end|>` in a caption is plain text; image placeholders
+User text is tokenised with special tokens switched off, so `<|im_end|>` in a caption is plain text; image placeholders
 are expanded by our own count. Thread-safe: nothing here is written to after construction.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from app.artifacts import Artifact, RewardModelConfig
-from app.contracts import Conversation, EncodedGroup, EncodedImage, Explanation, Group, Ids, RgbImage, Role
+from app.contracts import MAX_TURNS, Conversation, EncodedGroup, EncodedImage, Explanation, Group, Ids, RgbImage, Role
 from app.errors import ApiError, ArtifactInvalid, ImageRejected, InvalidRequest, ItemRejected
 from app.framing import REASONING_ENDS, RESPONSE_BEGINS, Frame, Framer, TextRun
 from app.images import shrink, shrunk_size
@@ -34,8 +33,7 @@ FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", *TEXT_ONLY_FAMILIES)
 _ANY_CAPTION = "The"  # stands for all: what it shares with no caption at all is the prefix
 _SEAM = 4  # tokens that joining two texts may add to the sum of theirs
 _MAX_PROMPTS = 256  # whose truncation is remembered
-_MAX_TURNS = 64  # of a conversation
-_MAX_SHAPES = 2 * _MAX_TURNS  # with and without a system's turn
+_MAX_SHAPES = 2 * MAX_TURNS  # with and without a system's turn
 _MAX_SHOWN_TURNS = 4
 _WORTH_COUNTING = 1 << 14  # tokens of a bound
 _NO_TEXT = b"\xff"  # no UTF-8 begins so: what is hashed behind it is no prompt that somebody could write
@@ -115,34 +113,31 @@ class Encoder:
         return int(rows * columns // side**2)
 
     def max_tokens(self, num_image_tokens: int, prompt: str | Conversation | None, captions: Sequence[str]) -> int:
-        """An upper bound of a group's tokens, without tokenising it: no token is shorter than a byte.
+        """An upper bound of a group's tokens, without tokenising a small one: no token is shorter than a byte.
 
-        Raises InvalidRequest for a prompt that this model does not take.
+        The tokens of a large one are counted. Raises InvalidRequest for a prompt that this model does not take.
         """
-        frame, contents = self._contents(prompt)
-        limit = self._config.max_prompt_tokens if isinstance(prompt, str | None) else None
-        bound = self._bound(frame, num_image_tokens, [(contents, limit), (captions, self._config.max_caption_tokens)], _max_tokens)
+        bound = self._bound(num_image_tokens, prompt, captions, _most_tokens)
         if bound > _WORTH_COUNTING:  # as bytes it might be more than a queue holds, and be none of it
-            count = lambda text, most: min(len(self._plain.encode(text, add_special_tokens=False).ids), most or sys.maxsize)  # noqa: E731
-            bound = self._bound(frame, num_image_tokens, [(contents, limit), (captions, self._config.max_caption_tokens)], count)
+            bound = self._bound(num_image_tokens, prompt, captions, self._num_tokens)
         return bound
 
     def _bound(
-        self,
-        frame: Frame,
-        num_image_tokens: int,
-        texts: Sequence[tuple[Sequence[str], int | None]],
-        size_of: Callable[[str, int | None], int],
+        self, num_image_tokens: int, prompt: str | Conversation | None, captions: Sequence[str], size_of: Callable[[str], int]
     ) -> int:
-        """Tokens of a group by the sizes of its texts: those of the prompt's slots, and the captions, each with their limit."""
-        (contents, limit), (captions, caption_limit) = texts
-        costs = self._costs(frame)
-        said = [size_of(text, limit) for text in contents]
+        """Tokens of a group by the sizes of its texts; longer ones than the limits are cut or refused."""
+        frame, contents = self._contents(prompt)
+        costs, config = self._costs(frame), self._config
+        said = [size_of(text) for text in contents]
+        if isinstance(prompt, str | None):
+            said = [_at_most(size, config.max_prompt_tokens) for size in said]
         shared = costs.shared + num_image_tokens + sum(said[slot] for slot in costs.shared_slots)
         each = costs.own + sum(said[slot] for slot in costs.own_slots)
-        most = self._config.max_tokens
-        rows = (each + size_of(caption, caption_limit) for caption in captions)
-        return shared + sum(rows if most is None else (min(row, most) for row in rows))
+        rows = (each + _at_most(size_of(caption), config.max_caption_tokens) for caption in captions)
+        return shared + sum(_at_most(row, config.max_tokens) for row in rows)
+
+    def _num_tokens(self, text: str) -> int:
+        return len(self._plain.encode(text, add_special_tokens=False).ids)
 
     @property
     def lead_ids(self) -> Ids:
@@ -252,8 +247,8 @@ class Encoder:
         if self._config.template != "{prompt}" or self._config.max_prompt_tokens is not None:
             message = "this model's template writes, or cuts, the words of a prompt; a conversation would get round it"
             raise InvalidRequest(message, field="messages", code="messages_not_allowed")
-        if len(roles) > _MAX_TURNS:
-            raise InvalidRequest(f"a conversation has at most {_MAX_TURNS} turns", field="messages")
+        if len(roles) > MAX_TURNS:
+            raise InvalidRequest(f"a conversation has at most {MAX_TURNS} turns", field="messages")
         spoken = roles[1:] if roles[:1] == ("system",) else roles
         if spoken != ("user", "assistant") * (len(spoken) // 2) + ("user",):
             raise InvalidRequest("expected turns of user and assistant in turn, the last one the user's", field="messages")
@@ -360,7 +355,7 @@ class Encoder:
                 count = _SEAM if number else 0
                 is_own = is_own or part == frame.caption_slot
                 if isinstance(part, str):
-                    count += len(self._plain.encode(part, add_special_tokens=False).ids)
+                    count += self._num_tokens(part)
                 elif isinstance(part, tuple):
                     count += len(part)
                 elif part != frame.caption_slot:
@@ -451,9 +446,8 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _max_tokens(text: str, limit: int | None) -> int:
-    """Longer texts are cut or refused."""
-    return _most_tokens(text) if limit is None else min(_most_tokens(text), limit)
+def _at_most(size: int, limit: int | None) -> int:
+    return size if limit is None else min(size, limit)
 
 
 def _most_tokens(text: str) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, TypeAlias
 
 from app.artifacts import RewardModelConfig
@@ -26,7 +25,7 @@ _SPEAKERS: dict[Role, str] = {"user": "Human", "assistant": "Assistant"}
 _DIALOGUE_BEGINS, _DIALOGUE_ENDS = "\n\nHuman:", "\n\nAssistant:"  # of hh-rlhf (arXiv 2204.05862)
 REASONING_ENDS, RESPONSE_BEGINS = "</think>", "<tool_response>"  # what some chat templates take a turn apart at, or take for no question
 # What chat templates do to the ends of a turn, least first; two probes tell them apart.
-_TRIMS: dict[str, Callable[[str], str]] = {
+_TRIMS_OF_CHATS: dict[str, Callable[[str], str]] = {
     "verbatim": lambda text: text,
     "newlines before": lambda text: text.lstrip("\n"),
     "newlines behind": lambda text: text.rstrip("\n"),
@@ -34,11 +33,11 @@ _TRIMS: dict[str, Callable[[str], str]] = {
     "space before": str.lstrip,
     "space behind": str.rstrip,
     "space": str.strip,
-    # not of chat templates: how a response follows "Assistant:"
+}
+_TRIMS = _TRIMS_OF_CHATS | {  # how a response follows "Assistant:"
     "behind a space": lambda text: f" {text}",
     "behind a space of its own": lambda text: text if not text or text.startswith(" ") else f" {text}",
 }
-_NUM_TRIMS_OF_CHATS = 7
 _PROBES = ("\n {} \n", " \n{}\n ")
 
 
@@ -168,7 +167,7 @@ class Framer:
 
     def _trim_of(self, roles: Sequence[Role], slots: Sequence[str], number: int, chat: str) -> str:
         """What the template does to the ends of a turn's text."""
-        for name, trim in islice(_TRIMS.items(), _NUM_TRIMS_OF_CHATS):
+        for name, trim in _TRIMS_OF_CHATS.items():
             probes = [probe.format(slots[number]) for probe in _PROBES]
             if all(self._said(roles, slots, number, probe) == chat.replace(slots[number], trim(probe)) for probe in probes):
                 return name

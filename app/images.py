@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from app.contracts import GroupEncoder, RgbImage
 from app.errors import ImageFormatNotAllowed, ImageRejected, ImageTooLarge, SettingsInvalid, UrlNotAllowed
+from app.settings import Settings
 
 _ID = re.compile(r"sha256:[0-9a-f]{64}")
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
@@ -105,6 +106,17 @@ def _probe(plain: _Plain, limits: ImageLimits) -> tuple[int, int]:
     if animated:
         raise ImageRejected("animated images are not scored; send one frame", code="animated_not_allowed")
     return width, height
+
+
+def image_limits(settings: Settings) -> ImageLimits:
+    """The limits on encoded images that the settings name."""
+    return ImageLimits(
+        max_bytes=settings.max_image_bytes,
+        max_pixels=settings.max_image_pixels,
+        min_side=settings.min_image_side,
+        max_aspect=settings.max_image_aspect,
+        formats=settings.formats,
+    )
 
 
 def decode_image(data: bytes, limits: ImageLimits, *, exif_transpose: bool, alpha: Literal["drop", "white"] = "drop") -> RgbImage:

@@ -14,16 +14,15 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModel
 
-from app.adapters import adapter_config, as_trained, check_adapter, without_head
+from app.adapters import adapter_config, as_trained, check_adapter, peft_name, without_head
 from app.artifacts import Artifact, Hub, RewardModelConfig, base_of, check_hashes, check_layout, find_artifact, read_config
-from app.bases import backbone_name, first_of, head_keys, read_base_config, shards
+from app.bases import UNUSED_BASE_KEYS, backbone_name, first_of, head_keys, read_base_config, shards
 from app.encoding import load_encoder
 from app.errors import ArtifactInvalid
 from app.heads import new_head
 from app.layouts import ADAPTER_WEIGHTS_NAME, LAYOUTS, tensor_shapes
 
 _Found = TypeVar("_Found")
-_UNREAD = {"lm_head.weight"}
 
 
 @dataclass(slots=True)
@@ -89,7 +88,7 @@ def _check_base(artifact: Artifact, backbone: Any) -> None:
     """Names and shapes of the weights against those that the base's configuration asks for. Raises ArtifactInvalid."""
     path, family = artifact.base_path, backbone.config.model_type
     shapes = {name: shape for shard in shards(path) for name, shape in tensor_shapes(shard).items()}
-    found = {backbone_name(name, family): shape for name, shape in shapes.items() if name not in _UNREAD | head_keys(artifact)}
+    found = {backbone_name(name, family): shape for name, shape in shapes.items() if name not in UNUSED_BASE_KEYS | head_keys(artifact)}
     _compare(path, "base weights", {name: list(each.shape) for name, each in backbone.state_dict().items()}, found)
 
 
@@ -104,12 +103,8 @@ def _check_adapter(artifact: Artifact, backbone: Any) -> None:
             raise ArtifactInvalid(f"{path}: adapter does not fit the base ({type(error).__name__}: {error})") from None
     check_adapter(adapted, artifact)
     ranks = {name.replace(".default", ""): list(each.shape) for name, each in adapted.state_dict().items() if ".lora_" in name}
-    prefix = "base_model.model."
-    family = None if artifact.config.kind == "seq_cls_adapter" else backbone.config.model_type
     found = {
-        name if family is None else prefix + backbone_name(name.removeprefix(prefix), family): shape
-        for name, shape in tensor_shapes(path / ADAPTER_WEIGHTS_NAME).items()
-        if ".lora_" in name
+        peft_name(name, adapted, artifact): shape for name, shape in tensor_shapes(path / ADAPTER_WEIGHTS_NAME).items() if ".lora_" in name
     }
     _compare(path / ADAPTER_WEIGHTS_NAME, "adapter", ranks, found)
 

@@ -68,8 +68,6 @@ LAYOUTS: Mapping[Kind, KindLayout] = {
     "seq_cls": KindLayout("a whole sequence-classification checkpoint with one label", _OWN, None, HERE, None, "score."),
     "value_head": KindLayout("a whole checkpoint with a value head beside it", _OWN, None, HERE, VALUE_HEAD_NAME, "v_head.summary."),
 }
-
-
 PUBLISHED_AS_IS = frozenset(kind for kind, layout in LAYOUTS.items() if layout.is_published_as_is)
 
 
@@ -155,6 +153,7 @@ def kind_of(root: Path) -> Kind:
 
 
 def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer of its own."""
     return any((folder / name).is_file() for name in _TOKENIZER_NAMES)
 
 

@@ -20,14 +20,14 @@ from app.encoding import Encoder, load_encoder
 from app.engine import Engine
 from app.errors import ArtifactInvalid, DeviceFault, DeviceHung, OutOfMemory, SettingsInvalid
 from app.hardware import Hardware, find_hardware
-from app.images import check_limits
+from app.images import check_limits, image_limits
 from app.lanes import Lane, LanesScorer
 from app.layers import compiled_steps, prepack
 from app.machine import available_bytes, num_processors
 from app.metrics import Metrics
 from app.model import load_model
 from app.monitors import RunMonitors, expected_of
-from app.served import Common, Parts, ServedModel, build, build_scorer, check_parts, image_limits, prove
+from app.served import Common, Parts, ServedModel, build, build_scorer, check_parts, prove
 from app.settings import Settings
 from app.sharing import SharedBases
 

@@ -24,7 +24,7 @@ from app.encoding import Encoder
 from app.engine import Engine
 from app.errors import ApiError, ArtifactInvalid, DeviceFault, DeviceHung, ScoringFailed
 from app.golden import GOLDEN_TOLERANCE, GoldenCase
-from app.images import ImageLimits
+from app.images import image_limits
 from app.lanes import Lane
 from app.metrics import Metrics
 from app.model import LoadedModel
@@ -209,14 +209,3 @@ def held(artifact: Artifact, findings: Iterable[Finding]) -> list[Finding]:
         if not finding.passed:
             raise ArtifactInvalid(f"{artifact.root}: self-test failed: {finding}")
     return kept
-
-
-def image_limits(settings: Settings) -> ImageLimits:
-    """The limits on encoded images that the settings name."""
-    return ImageLimits(
-        max_bytes=settings.max_image_bytes,
-        max_pixels=settings.max_image_pixels,
-        min_side=settings.min_image_side,
-        max_aspect=settings.max_image_aspect,
-        formats=settings.formats,
-    )

@@ -25,7 +25,7 @@ from app.batching import Batcher
 from app.caches import ByteBoundedCache
 from app.contracts import EncodedGroup, EncodedImage, Explanation, Group, Ids, RgbImage, Scores
 from app.errors import ApiError, ItemRejected
-from app.images import ImageLimits
+from app.images import image_limits
 from app.metrics import Metrics
 from app.monitors import RunMonitors
 from app.selftest import SelfTestReport
@@ -226,23 +226,13 @@ def service_of(
         encoder=encoder,
         batcher=batcher,
         admission=admission,
-        limits=limits_of(settings),
+        limits=image_limits(settings),
         image_store=ByteBoundedCache[bytes]("images", settings.image_store_bytes, len, metrics),
         pixel_cache=ByteBoundedCache[EncodedImage]("pixels", settings.pixel_cache_bytes, lambda image: image.num_bytes, metrics),
         pool=pool,
         max_batch_tokens=settings.max_batch_tokens,
         metrics=metrics,
         monitors=RunMonitors(settings.max_runs, expected, metrics),
-    )
-
-
-def limits_of(settings: Settings) -> ImageLimits:
-    return ImageLimits(
-        max_bytes=settings.max_image_bytes,
-        max_pixels=settings.max_image_pixels,
-        min_side=settings.min_image_side,
-        max_aspect=settings.max_image_aspect,
-        formats=settings.formats,
     )
 
 

@@ -16,7 +16,8 @@ from app.api.card import Card, ModelCard, Models
 from app.artifacts import RewardModelConfig
 from app.batching import Batcher
 from app.caches import ByteBoundedCache
-from app.contracts import EncodedGroup, EncodedImage, Ids
+from app.contracts import EncodedGroup, EncodedImage, Ids, Scores
+from app.images import image_limits
 from app.lanes import Lane, LanesScorer
 from app.metrics import Metrics
 from app.monitors import RunMonitors
@@ -24,7 +25,7 @@ from app.selftest import SelfTestReport
 from app.service import ScoringService
 from app.settings import Settings
 from app.tallies import Expected
-from tests.fakes import FakeEncoder, OracleScorer, expected_scores, limits_of, oracle_score, sample
+from tests.fakes import FakeEncoder, OracleScorer, expected_scores, oracle_score, sample
 
 SALT = 16.0  # between the scores of one model and the next; an oracle's lie between 0 and 1
 
@@ -34,6 +35,7 @@ class Salted(OracleScorer):
     """An oracle whose scores no other model gives; 48 bits and a small whole number are exact in JSON."""
 
     salt: float = 0.0
+    fails: type[Exception] | None = None
     num_cleared: int = 0
 
     def __post_init__(self) -> None:
@@ -42,6 +44,11 @@ class Salted(OracleScorer):
 
     def _answer(self, group: EncodedGroup, row: Ids) -> float:
         return oracle_score(group, row) + self.salt
+
+    def score(self, prepared: tuple[EncodedGroup, ...]) -> list[Scores]:
+        if self.fails is not None:
+            raise self.fails("no more")
+        return OracleScorer.score(self, prepared)
 
     def make_room(self) -> None:
         self.num_cleared += 1
@@ -96,7 +103,7 @@ async def serving_several(
                     encoder=encoders[name],
                     batcher=Lane(batcher, name),
                     admission=admission,
-                    limits=limits_of(settings),
+                    limits=image_limits(settings),
                     image_store=store,
                     pixel_cache=ByteBoundedCache[EncodedImage]("pixels", 1 << 20, lambda image: image.num_bytes, metrics, name),
                     pool=pool,

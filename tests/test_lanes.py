@@ -5,45 +5,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.contracts import EncodedGroup, Ids, Scores
+from app.contracts import EncodedGroup
 from app.errors import OutOfMemory, ScoringFailed
 from app.lanes import Lane, LanesScorer
 from app.planning import Filling
-from tests.fakes import OracleScorer, oracle_score
+from tests.fakes import oracle_score
 from tests.loop_fakes import batching, group_of
+from tests.several import Salted
 
 MODELS = ("first", "second", "third")
-
-
-@dataclass(slots=True)
-class Salted(OracleScorer):
-    """Scores no other model gives."""
-
-    salt: float = 0.0
-    fails: type[Exception] | None = None
-    num_cleared: int = 0
-
-    def __post_init__(self) -> None:
-        OracleScorer.__post_init__(self)
-        self.answer = self._answer
-
-    def _answer(self, group: EncodedGroup, row: Ids) -> float:
-        return oracle_score(group, row) + self.salt
-
-    def score(self, prepared: tuple[EncodedGroup, ...]) -> list[Scores]:
-        if self.fails is not None:
-            raise self.fails("no more")
-        return OracleScorer.score(self, prepared)
-
-    def make_room(self) -> None:
-        self.num_cleared += 1
 
 
 def scorers() -> dict[str, Salted]:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from app.contracts import MAX_TURNS
+
 IMAGE_EXAMPLE = "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 RUN_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 CAPTIONS_EXAMPLE = ["It says it is here about the iceberg.", "Nice day."]
@@ -38,7 +40,7 @@ Messages = Annotated[
     list[Message] | None,
     Field(
         min_length=1,
-        max_length=128,
+        max_length=MAX_TURNS,
         description="In place of prompt, where captions are answers: the conversation, its last turn the user's.",
     ),
 ]

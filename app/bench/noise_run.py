@@ -20,10 +20,11 @@ from app.contracts import Scorer
 from app.encoding import load_encoder
 from app.errors import SettingsInvalid
 from app.hardware import Hardware, find_hardware
+from app.images import image_limits
 from app.main import Runtime
 from app.metrics import Metrics
 from app.model import load_model, resolve_device, resolve_dtype
-from app.served import build_scorer, image_limits
+from app.served import build_scorer
 from app.settings import Settings
 
 _NO_SCORES = {"score_cache_bytes": 0}  # a kept score would be told again in every company

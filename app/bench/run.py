@@ -24,9 +24,9 @@ from app.contracts import Scorer
 from app.encoding import load_encoder
 from app.errors import SettingsInvalid
 from app.hardware import find_hardware
+from app.images import image_limits
 from app.main import Runtime
 from app.model import RewardModel, load_model
-from app.served import image_limits
 from app.settings import Settings
 
 MIN_FREE = 1.1  # of the weights, for a second copy of them

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,6 +31,7 @@ from app.bench.workload import Workload
 from app.contracts import EncodedGroup
 from app.encoding import load_encoder
 from app.golden import GOLDEN_LIMITS
+from tests.several import Salted
 
 SCRIPTS = Path(__file__).parents[2] / "deploy/benchmarks"
 Request = dict[str, Any]
@@ -499,3 +500,25 @@ def test_a_step_whose_score_is_no_number_is_infinitely_wrong() -> None:
     step = steps.Step("wrong", lambda _: [], keeps=True)
     step.compare([1.0, float("nan")], [1.0, 2.0], warm=True)
     assert step.share_of_spread == step.warm_difference == float("inf")
+
+
+# Two models on one base
+
+
+def test_models_are_measured_both_ways_and_held_against_each_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    load("models").main(sizes="1,2", rounds=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[2:6]] == [["1", "cold"], ["1", "warm"], ["2", "cold"], ["2", "warm"]]
+    assert float(lines[6].split()[-1]) < 1e-4
+
+
+@pytest.mark.parametrize(("shift", "found"), [(0.5, 0.5), (float("nan"), float("inf")), (float("inf"), float("inf"))])
+def test_a_model_that_scores_otherwise_in_company_is_seen(shift: float, found: float) -> None:
+    models = load("models")
+    workload = Workload(load_encoder(open_artifact("demo")), GOLDEN_LIMITS)
+    alone = Salted()
+    group = replace(workload.encode(workload.request(2)), model="first")
+    (scores,) = alone.score(alone.prepare([group]))
+    shifted = replace(scores, values=(scores.values[0], scores.values[1] + shift))
+    assert models.difference({"first": alone}, [group], [shifted]) == pytest.approx(found)
+    assert models.difference({"first": alone}, [group], [scores]) == 0.0

@@ -8,15 +8,10 @@ import numpy as np
 import pytest
 
 from app.encoding import Encoder
-from tests.training.tiny_run import TinyRun, write_tiny_run
+from tests.training.tiny_run import TinyRun
 from training.collation import Collator, leave_out_unfit
 from training.pairs import DataInvalid, Pair, read_pairs
 from training.trainee import make_trainee
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return write_tiny_run(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

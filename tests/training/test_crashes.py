@@ -16,17 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.tiny_run import TinyRun, write_tiny_run
+from tests.training.tiny_run import TinyRun
 from training.checkpoints import Checkpoints
 from training.loop import TRAINED_NAME
 
 NUM_STEPS = 40
 PATIENCE_S = 120.0
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return write_tiny_run(tmp_path_factory.mktemp("tiny"))
 
 
 def command(tiny: TinyRun, out: Path, recipe: Path, *options: str) -> list[str]:

@@ -44,7 +44,7 @@ from app.scoring import score_plain, score_shared
 from app.settings import load_settings
 from tests.tiny import CORPUS, TEXT_CHAT_TEMPLATE, edit_json, edit_tensors, encode, encode_text, load_whole, write_text_base
 from tests.training.test_model_card import make_evaluation
-from tests.training.tiny_run import QUIET, TinyRun, write_tiny_run
+from tests.training.tiny_run import QUIET, TinyRun
 from training.collation import Collator
 from training.demo.tokenizer import train_tokenizer
 from training.export import ExportFailed, ExportRefused, HuggingFaceHub, app, export_artifact, name_base, push_artifact
@@ -60,11 +60,6 @@ from training.trainee import load_trained, make_trainee
 
 ROOT = Path(__file__).parents[2]
 CAPTIONS = ("the penguin and the umbrella", "an iceberg", "", "Nobody told the octopus <|im_end|>")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return write_tiny_run(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,6 @@ from training.train import choose_pairs, key_of, make_accelerator, make_course, 
 from training.trainee import Trainee, make_trainee
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return write_tiny_run(tmp_path_factory.mktemp("tiny"))
-
-
 def metrics_of(run: Path, name: str = "loss") -> list[float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line[name] for line in lines if name in line]

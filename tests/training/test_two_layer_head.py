@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from app.main import running
 from app.scoring import score_plain, score_shared
 from app.settings import load_settings
 from tests.tiny import encode, load_whole
-from tests.training.tiny_run import QUIET, TinyRun, write_tiny_run
+from tests.training.tiny_run import QUIET, TinyRun
 from training.export import export_artifact
 from training.golden import prove
 from training.loop import TRAINED_NAME, weights_of
@@ -30,11 +31,6 @@ pytestmark = pytest.mark.anyio
 HEAD: dict[str, Any] = {"layers": "two_layer", "width": 16, "activation": "tanh", "bias": True}
 SECTIONS: dict[str, dict[str, Any]] = {"head": HEAD, "regularisation": {"averaging": 0.5}}
 CAPTIONS = ("the penguin and the umbrella", "an iceberg", "", "Nobody told the octopus <|im_end|>")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return write_tiny_run(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +97,7 @@ def test_biases_do_not_decay(tiny: TinyRun) -> None:
 def test_resumed_is_uninterrupted_to_the_bit(tiny: TinyRun, run: Path, tmp_path: Path) -> None:
     sections = SECTIONS | {"run": {"max_steps": 12, "save_every": 6, "validate_every": 12}}
     tiny.train(tmp_path, **sections)
-    for path in newest(tmp_path).iterdir():
-        path.unlink()
-    newest(tmp_path).rmdir()
+    shutil.rmtree(newest(tmp_path))
     tiny.train(tmp_path, resume=True, **sections)
     whole, cut = weights_of(newest(run)), weights_of(newest(tmp_path))
     assert lines_of(tmp_path, "loss") == lines_of(run, "loss")
@@ -111,11 +105,21 @@ def test_resumed_is_uninterrupted_to_the_bit(tiny: TinyRun, run: Path, tmp_path:
 
 
 def test_a_run_from_before_there_were_such_heads_goes_on(tiny: TinyRun, tmp_path: Path) -> None:
-    tiny.train(tmp_path, run={"max_steps": 2})
-    description = json.loads((tmp_path / "run.json").read_text())
+    """Its description has no key for them; the steps that are left are those of a run that nobody stopped."""
+    steps: dict[str, Any] = {"run": {"max_steps": 4, "save_every": 2}}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    tiny.train(whole, **steps)
+    tiny.train(cut, **steps)
+    shutil.rmtree(newest(cut))
+    description = json.loads((cut / "run.json").read_text())
     del description["recipe"]["head"]
-    (tmp_path / "run.json").write_text(json.dumps(description))
-    tiny.train(tmp_path, resume=True, run={"max_steps": 2})
+    (cut / "run.json").write_text(json.dumps(description))
+    tiny.train(cut, resume=True, **steps)
+    assert newest(cut).name == newest(whole).name == "step-0000004"
+    assert lines_of(cut, "loss") == lines_of(whole, "loss")
+    kept, again = weights_of(newest(whole)), weights_of(newest(cut))
+    assert kept.keys() == again.keys()
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 
 def test_the_artifact_says_what_head_it_has(tiny: TinyRun, run: Path, exported: Path) -> None:
