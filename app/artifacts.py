@@ -187,6 +187,14 @@ class GoldenItem(_Strict):
         return self
 
 
+class GoldenPicture(_Strict):
+    """A small picture in a mode that is made RGB in a way of its own, and what the vision tower sees of it."""
+
+    mode: str = Field(min_length=1, description="RGBA, say; only for people.")
+    data: str = Field(pattern=r"^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$", description="The file, base64.")
+    pixels_sha256: str
+
+
 class Golden(_Strict):
     """`golden.json`: what the loaded model must reproduce, and how closely in which number format."""
 
@@ -195,6 +203,7 @@ class Golden(_Strict):
     items: list[GoldenItem] = Field(min_length=1)
     recipe_sha256: str | None = Field(None, description="Of everything in the configuration that decides over ids and pixels.")
     made_with: dict[str, str] | None = Field(None, description="Versions that pixels may depend on.")
+    pictures: list[GoldenPicture] = Field([], description="One of each mode that is not plain RGB; they are not scored.")
 
     @field_validator("tolerance")
     @classmethod

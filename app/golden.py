@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from PIL import Image
 
-from app.artifacts import Golden, GoldenItem, RewardModelConfig, recipe_sha256
+from app.artifacts import Golden, GoldenItem, GoldenPicture, RewardModelConfig, recipe_sha256
 from app.contracts import EncodedGroup, EncodedImage, Group, Ids
 from app.errors import ApiError, ArtifactInvalid
 from app.images import ImageLimits, decode_image
@@ -26,6 +29,8 @@ _QUESTION = "What would you say about this?"
 _MAX_SHARE = 0.01  # of the spread, in float32: where all scores are close, a smaller difference swaps captions
 _MIN_TOLERANCE = 2e-5  # what another machine's float32 may round to
 _TOKENS_A_SENTENCE = 5  # at least: four words or numbers and a stop, which no tokenizer joins
+_PICTURE_SHAPE = (56, 84, 3)  # rows, columns, colours
+_ORIENTATION, _QUARTER_TURN = 0x0112, 6  # of EXIF
 _PIXEL_LIBRARIES = ("pillow", "numpy", "transformers")  # another version may round a pixel otherwise
 # What a server takes by default: it must be able to score its own golden items.
 GOLDEN_LIMITS = ImageLimits(max_bytes=10 << 20, max_pixels=16_000_000, min_side=16, max_aspect=100, formats=("JPEG", "PNG", "WEBP"))
@@ -65,10 +70,47 @@ def make_golden(
         (values,) = score([group])
         item = GoldenItem(image=name, prompt=given.prompt, captions=list(given.captions), scores=list(values))
         items.append(with_digests(item, group))
-    tolerance = tolerance_of([score for item in items for score in item.scores])
     return Golden(
-        schema_version=2, tolerance=tolerance, items=items, recipe_sha256=recipe_sha256(encoder.config), made_with=pixel_libraries()
+        schema_version=2,
+        tolerance=tolerance_of([score for item in items for score in item.scores]),
+        items=items,
+        recipe_sha256=recipe_sha256(encoder.config),
+        made_with=pixel_libraries(),
+        pictures=make_pictures(encoder) if encoder.takes_images else [],
     )
+
+
+def make_pictures(encoder: Encoder) -> list[GoldenPicture]:
+    """One of each mode that is not plain RGB: with alpha, with a palette that has a transparent colour, grey, CMYK, turned by EXIF."""
+    height, width, _ = _PICTURE_SHAPE
+    plain = Image.fromarray(np.linspace(0, 255, height * width * 3).astype(np.uint8).reshape(_PICTURE_SHAPE))
+    clear = plain.copy()
+    clear.putalpha(Image.linear_gradient("L").resize(plain.size))
+    turned = Image.Exif()
+    turned[_ORIENTATION] = _QUARTER_TURN
+    files = {
+        "RGBA": _written(clear, "PNG"),
+        "palette": _written(plain.quantize(16), "PNG", transparency=3),
+        "grey": _written(plain.convert("L"), "PNG"),
+        "CMYK": _written(plain.convert("CMYK"), "JPEG"),
+        "RGB, turned": _written(plain, "JPEG", exif=turned),
+    }
+    return [
+        GoldenPicture(mode=mode, data=base64.b64encode(data).decode(), pixels_sha256=seen(encoder, data)) for mode, data in files.items()
+    ]
+
+
+def _written(image: Image.Image, form: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def seen(encoder: Encoder, data: bytes) -> str:
+    """The digest of a picture file as the vision tower sees it. Raises ImageRejected."""
+    recipe = encoder.config.image
+    image = decode_image(data, GOLDEN_LIMITS, exif_transpose=recipe.exif_transpose, alpha=recipe.alpha)
+    return pixels_sha256(encoder.encode_image(image))
 
 
 def with_digests(item: GoldenItem, group: EncodedGroup) -> GoldenItem:

@@ -171,7 +171,7 @@ async def prove(model: ServedModel, common: Common) -> list[GoldenCase]:
     model.findings += held(artifact, [startcheck.specials(encoder)])
     if selftest.golden is not None:
         model.findings += held(artifact, [startcheck.recipe(selftest.golden, artifact.config)])
-        model.findings += held(artifact, startcheck.of_encoding(selftest.golden, selftest.cases(encoder, limits)))
+        model.findings += held(artifact, startcheck.of_encoding(selftest.golden, selftest.cases(encoder, limits), encoder))
     try:
         model.last_report = await selftest.run()
         model.findings += held(artifact, selftest.findings)

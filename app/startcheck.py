@@ -6,6 +6,7 @@ Where golden items were scored anyway their scores are judged again instead of c
 
 from __future__ import annotations
 
+import base64
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,8 @@ from PIL import Image, ImageFile
 
 from app.artifacts import Golden, GoldenItem, RewardModelConfig, recipe_sha256
 from app.contracts import EncodedGroup, Group, GroupEncoder, RgbImage
-from app.golden import GoldenCase, GoldenInput, asked_prompt, ids_sha256, pixel_libraries, pixels_sha256
+from app.errors import ApiError
+from app.golden import GoldenCase, GoldenInput, asked_prompt, ids_sha256, pixel_libraries, pixels_sha256, seen
 from app.lanes import Queue
 from app.preference import probability
 from app.settings import MAX_PIXELS
@@ -70,10 +72,11 @@ def of_model(model: RewardModel) -> Iterator[Finding]:
     yield evaluation(model)
 
 
-def of_encoding(golden: Golden, cases: Sequence[GoldenCase]) -> Iterator[Finding]:
+def of_encoding(golden: Golden, cases: Sequence[GoldenCase], encoder: Encoder) -> Iterator[Finding]:
     """What can be said of texts and pictures before they are scored."""
     yield ids(golden, cases)
     yield pixels(golden, cases)
+    yield modes(golden, encoder)
 
 
 def of_scores(items: Sequence[Scored], tolerance: float, least: float) -> tuple[Finding, ...]:
@@ -176,9 +179,29 @@ def pixels(golden: Golden, cases: Sequence[GoldenCase]) -> Finding:
         return Finding(
             "C13 pixels", True, f"{sum(case.group.image is not None for case in cases)} pictures have the pixels they had at export"
         )
+    changed = _changed_libraries(golden)
+    return Finding("C13 pixels", bool(changed), f"golden item {other[0]} has other pixels than at export {changed}".rstrip())
+
+
+def modes(golden: Golden, encoder: Encoder) -> Finding:
+    """The same for a picture in each mode that is not plain RGB: alpha, palettes, grey, CMYK, EXIF."""
+    if not golden.pictures:
+        return Finding("C13 modes", True, "not recorded in golden.json")
+    try:
+        other = [each.mode for each in golden.pictures if seen(encoder, base64.b64decode(each.data)) != each.pixels_sha256]
+    except ApiError as error:
+        return Finding("C13 modes", False, f"a picture of golden.json cannot be read ({error.message})")
+    if not other:
+        return Finding("C13 modes", True, f"{len(golden.pictures)} modes of pictures have the pixels they had at export")
+    changed = _changed_libraries(golden)
+    return Finding("C13 modes", bool(changed), f"pictures have other pixels than at export: {', '.join(other)} {changed}".rstrip())
+
+
+def _changed_libraries(golden: Golden) -> str:
     here = pixel_libraries()
-    changed = [f"{name} {there} there, {here.get(name)} here" for name, there in golden.made_with.items() if here.get(name) != there]
-    return Finding("C13 pixels", bool(changed), f"golden item {other[0]} has other pixels than at export {'; '.join(changed)}".rstrip())
+    return "; ".join(
+        f"{name} {there} there, {here.get(name)} here" for name, there in (golden.made_with or {}).items() if here.get(name) != there
+    )
 
 
 def specials(encoder: Encoder) -> Finding:

@@ -8,6 +8,9 @@ control.
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
+import json
 import logging
 import re
 import shutil
@@ -22,10 +25,10 @@ from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image, ImageFile
+from PIL import Image, ImageChops, ImageFile
 from torch import nn
 
-from app.artifacts import CONFIG_NAME, HeadSpec, RewardModelConfig, open_artifact, write_config
+from app.artifacts import CONFIG_NAME, GOLDEN_NAME, HeadSpec, RewardModelConfig, open_artifact, write_config
 from app.converting import GoldenInput, convert
 from app.encoding import load_encoder
 from app.errors import StartRefused
@@ -202,6 +205,27 @@ def _lost_exif(root: Path) -> None:
         image.save(turned, exif=Image.Exif(), quality="keep")
 
 
+def _golden_picture(mode: str, change: Callable[[Image.Image], Image.Image]) -> Callable[[Path], None]:
+    """As if whoever reads such files made other pixels of them."""
+
+    def planted(root: Path) -> None:
+        pictures = json.loads((root / GOLDEN_NAME).read_bytes())["pictures"]
+        (found,) = (each for each in pictures if each["mode"] == mode)
+        stream = io.BytesIO()
+        with Image.open(io.BytesIO(base64.b64decode(found["data"]))) as image:
+            change(image).save(stream, "PNG")
+        found["data"] = base64.b64encode(stream.getvalue()).decode()
+        edit_json(root / GOLDEN_NAME, pictures=pictures)
+
+    return planted
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
 # Faults of memory
 
 
@@ -323,6 +347,11 @@ PLANTED: dict[str, Planted] = {
     "channels swapped": Planted("C13 pixels", _swapped_channels),
     "pictures resized by another filter": Planted("C13 pixels", lambda root: edit_json(root / _PIXELS, resample=2)),
     "other pixel statistics": Planted("C13 pixels", lambda root: edit_json(root / _PIXELS, image_mean=[0.0, 0.0, 0.0])),
+    "alpha laid on white, by whoever reads the file": Planted("C13 modes", _golden_picture("RGBA", _on_white)),
+    "CMYK turned over": Planted("C13 modes", _golden_picture("CMYK", lambda image: ImageChops.invert(image.convert("RGB")))),
+    "a palette's transparent colour taken away": Planted(
+        "C13 modes", _golden_picture("palette", lambda image: _on_white(image.convert("RGBA")))
+    ),
     # the environment
     "half pictures let through": Planted("C14 pillow", in_memory=lambda model: setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)),
     "no limit on pixels": Planted("C14 pillow", in_memory=lambda model: setattr(Image, "MAX_IMAGE_PIXELS", None)),
