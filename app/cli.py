@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -134,6 +135,7 @@ def serve(settings: Settings) -> None:
     """Serve a reward model over HTTP until SIGTERM."""
     _log_to_stderr(settings.log_level)
     _quiet_libraries()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # while it loads, too; once it serves the log says that nothing is reloaded
     from app.serving import serve as run  # torch loads only for commands that need it
 
     asyncio.run(run(settings))

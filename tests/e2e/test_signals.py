@@ -158,6 +158,7 @@ def test_a_server_that_loads_leaves_at_once(published: Path, tmp_path: Path, sta
     try:
         eventually(lambda: is_read(pipe, writers) or process.poll() is not None, "the server reads it")
         assert writers, "the server left by itself"
+        process.send_signal(signal.SIGHUP)  # S11: of which it takes no notice
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == -signal.SIGTERM
         assert process.stdout
