@@ -16,8 +16,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 serve: $(VENV)/.installed  ## serve the demo model, or whatever PUNCHLINE_MODEL names, on 127.0.0.1:8000
 	@exec $(BIN)/punchline serve $(ARGS)
 
+# These start servers and clients of their own, which want the machine for themselves; all others share its cores.
+ALONE := tests/load tests/e2e tests/wire
+
 test: check  ## format, lint, types, tests
+ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
+else
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest $(ALONE)
+endif
 
 e2e: $(VENV)/.installed  ## what the tests marked e2e want; `make test` skips them without it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[e2e]'
