@@ -16,8 +16,6 @@ from torch import Tensor
 from app.layers import norm, plus, rotate, silu, times
 from app.varlen import Segments, attend, merge
 
-MAX_WIDE_BYTES = 16 << 20  # of the states between the products of an MLP, on a CPU; see `Decoder._mlp`
-
 
 @dataclass(frozen=True, slots=True)
 class Reach:
@@ -94,16 +92,14 @@ class DeepStack:
 class Decoder:
     """Runs the layers of a transformers text model (`layers`, `norm`, `rotary_emb`) on packed tokens. Inference only."""
 
-    def __init__(self, text_model: Any, layers: Sequence[Any] | None = None, *, max_wide_bytes: int = MAX_WIDE_BYTES) -> None:
+    def __init__(self, text_model: Any, layers: Sequence[Any] | None = None) -> None:
         """`layers`: run only these of the model's; the last of them computes what the pooled tokens need."""
-        self._max_wide_bytes = max_wide_bytes
         self._model = text_model
         self._layers = list(text_model.layers if layers is None else layers)
         attention = self._layers[0].self_attn
         self._head_dim = int(attention.head_dim)
         self._num_kv_heads = int(text_model.config.num_key_value_heads)
         self._scale = float(attention.scaling)
-        self._width = int(text_model.config.intermediate_size)  # of the states inside an MLP
         self.num_query_values = int(text_model.config.num_attention_heads) * self._head_dim  # of a token; Qwen3's may be more than hidden
 
     def new_keys_values(self, num_tokens: int) -> Tensor:
@@ -137,7 +133,7 @@ class Decoder:
     def _layer(self, number: int, tokens: Tokens, asking: Tokens, view: _View) -> Tensor:
         """The new states of those who ask, [queries, hidden]: all tokens, or some of them."""
         layer, hidden = self._layers[number], asking.hidden
-        attention = layer.self_attn
+        attention, mlp = layer.self_attn, layer.mlp
         normed = norm(tokens.hidden, layer.input_layernorm)
         normed_asking = normed if asking is tokens else norm(hidden, layer.input_layernorm)
         key = self._turned(attention.k_proj(normed), getattr(attention, "k_norm", None), tokens)
@@ -148,18 +144,8 @@ class Decoder:
         query = self._turned(attention.q_proj(normed_asking), getattr(attention, "q_norm", None), asking)
         attended = view.attend(number, query, key, value, self._scale)
         hidden = plus(attention.o_proj, attended.reshape(len(hidden), -1), hidden)
-        return self._mlp(layer.mlp, norm(hidden, layer.post_attention_layernorm), hidden)
-
-    def _mlp(self, mlp: Any, inner: Tensor, hidden: Tensor) -> Tensor:
-        """The gated MLP and the residual, [tokens, hidden], on a CPU in parts of about as many tokens.
-
-        The states between the products are several times as wide. Where they outgrow the cache, and the size up to which the allocator
-        keeps memory (32 MiB), they cost more than the parts' further readings of the weights: 4 to 8 % of 1,000 to 2,000 tokens.
-        """
-        num_bytes = len(inner) * self._width * inner.element_size()
-        num_parts = max(1, -(-num_bytes // self._max_wide_bytes)) if inner.device.type == "cpu" else 1
-        parts = zip(inner.tensor_split(num_parts), hidden.tensor_split(num_parts), strict=True)
-        return _end_to_end([plus(mlp.down_proj, times(mlp.up_proj, x, silu(mlp.gate_proj, x)), rest) for x, rest in parts])
+        inner = norm(hidden, layer.post_attention_layernorm)
+        return plus(mlp.down_proj, times(mlp.up_proj, inner, silu(mlp.gate_proj, inner)), hidden)
 
     def _turned(self, flat: Tensor, head_norm: Any | None, tokens: Tokens) -> Tensor:
         """Queries or keys at their positions, [tokens, heads, head_dim]; Qwen3 norms each head before."""

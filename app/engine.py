@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from app.contracts import EncodedImage, Ids
-from app.decoder import MAX_WIDE_BYTES, Arrangement, Decoder, DeepStack, NewPrefix, Reach
+from app.decoder import Arrangement, Decoder, DeepStack, NewPrefix, Reach
 from app.encoding import positions
 from app.faults import faults_named
 from app.layers import PrepackedLinear, prepack
@@ -41,8 +41,7 @@ class Engine:
     On a CPU every weight is in memory of this process's own afterwards, wherever it was before.
     """
 
-    def __init__(self, model: RewardModel, *, max_wide_bytes: int = MAX_WIDE_BYTES) -> None:
-        """`max_wide_bytes`: on a CPU, of the states inside an MLP that are there at once."""
+    def __init__(self, model: RewardModel) -> None:
         self._model = model
         backbone = model.backbone
         prepack(backbone)  # unless it was done already, for several models together
@@ -50,7 +49,7 @@ class Engine:
         if model.device.type == "cpu":
             own_memory(model)  # before anything takes a view of a weight that still lies in a mapped file
         self._text = backbone.language_model if model.takes_images else backbone
-        self._decoder = Decoder(self._text, max_wide_bytes=max_wide_bytes)
+        self._decoder = Decoder(self._text)
         self._vision = tower_of(backbone) if model.takes_images else None
         self._stager = Stager(model.device)
         self._embed = backbone.get_input_embeddings()

@@ -64,7 +64,6 @@ class World:
     plain: RewardModel
     model: RewardModel
     engine: Engine
-    in_parts: Engine  # the same weights, MLPs by parts of a few tokens
 
     def groups(self, asked: Sequence[Asked]) -> list[EncodedGroup]:
         if not self.encoder.takes_images:
@@ -101,7 +100,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
 def world_of(root: Path, dtype: Dtype = "float32", lora: Lora = "merged") -> World:
     artifact = open_artifact(str(root), offline=True)
     plain, model = (load_model(artifact, dtype=dtype, lora=lora).model for _ in range(2))
-    return World(load_encoder(artifact), plain, model, Engine(model), Engine(model, max_wide_bytes=1000))
+    return World(load_encoder(artifact), plain, model, Engine(model))
 
 
 def run(scorer: Any, groups: Sequence[EncodedGroup]) -> list[Scores]:
@@ -149,7 +148,7 @@ def test_any_mix_gives_the_scores_of_one_forward_a_caption(
 ) -> None:
     """Float32, cold, then with what the first batch left, with and without its scores. Seen: 2e-6 where scores spread by 0.2 to 2."""
     world = worlds(kind, lora=lora)
-    scorer, forgetful = reusing(world.engine), reusing(world.in_parts, max_bytes=(MIB, MIB, 0))
+    scorer, forgetful = reusing(world.engine), reusing(world.engine, max_bytes=(MIB, MIB, 0))
     for asked in (first, second, first):
         groups = world.groups(asked)
         expected = score_plain(world.plain, groups)
