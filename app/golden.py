@@ -96,7 +96,8 @@ def make_pictures(encoder: Encoder) -> list[GoldenPicture]:
         "RGB, turned": _written(plain, "JPEG", exif=turned),
     }
     return [
-        GoldenPicture(mode=mode, data=base64.b64encode(data).decode(), pixels_sha256=seen(encoder, data)) for mode, data in files.items()
+        GoldenPicture(mode=mode, data=base64.b64encode(data).decode(), pixels_sha256=pixels_sha256(encode_picture(encoder, data)))
+        for mode, data in files.items()
     ]
 
 
@@ -106,11 +107,11 @@ def _written(image: Image.Image, form: str, **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def seen(encoder: Encoder, data: bytes) -> str:
-    """The digest of a picture file as the vision tower sees it. Raises ImageRejected."""
+def encode_picture(encoder: Encoder, data: bytes, limits: ImageLimits = GOLDEN_LIMITS) -> EncodedImage:
+    """A picture file as the vision tower sees it, by the recipe of the artifact. Raises ImageRejected."""
     recipe = encoder.config.image
-    image = decode_image(data, GOLDEN_LIMITS, exif_transpose=recipe.exif_transpose, alpha=recipe.alpha)
-    return pixels_sha256(encoder.encode_image(image))
+    image = decode_image(data, limits, exif_transpose=recipe.exif_transpose, alpha=recipe.alpha)
+    return encoder.encode_image(image)
 
 
 def with_digests(item: GoldenItem, group: EncodedGroup) -> GoldenItem:
@@ -174,8 +175,7 @@ def encode_captions(
     if (data is None) == encoder.takes_images:
         raise ArtifactInvalid(f"{name}: this model {'needs an' if encoder.takes_images else 'takes no'} image")
     try:
-        image = None if data is None else decode_image(data, limits, exif_transpose=config.image.exif_transpose, alpha=config.image.alpha)
-        pixels = None if image is None else encoder.encode_image(image)
+        pixels = None if data is None else encode_picture(encoder, data, limits)
         group, errors = encoder.encode(Group(tuple(given.captions), given.prompt, pixels))
     except ApiError as error:
         raise ArtifactInvalid(f"{name}: golden item cannot be scored: {error.message}") from None

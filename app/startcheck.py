@@ -21,7 +21,7 @@ from PIL import Image, ImageFile
 from app.artifacts import Golden, GoldenItem, RewardModelConfig, recipe_sha256
 from app.contracts import EncodedGroup, Group, GroupEncoder, RgbImage
 from app.errors import ApiError
-from app.golden import GoldenCase, GoldenInput, asked_prompt, ids_sha256, pixel_libraries, pixels_sha256, seen
+from app.golden import GoldenCase, GoldenInput, asked_prompt, encode_picture, ids_sha256, pixel_libraries, pixels_sha256
 from app.lanes import Queue
 from app.preference import probability
 from app.settings import MAX_PIXELS
@@ -188,9 +188,10 @@ def modes(golden: Golden, encoder: Encoder) -> Finding:
     if not golden.pictures:
         return Finding("C13 modes", True, "not recorded in golden.json")
     try:
-        other = [each.mode for each in golden.pictures if seen(encoder, base64.b64decode(each.data)) != each.pixels_sha256]
+        found = [pixels_sha256(encode_picture(encoder, base64.b64decode(each.data))) for each in golden.pictures]
     except ApiError as error:
         return Finding("C13 modes", False, f"a picture of golden.json cannot be read ({error.message})")
+    other = [each.mode for each, digest in zip(golden.pictures, found, strict=True) if digest != each.pixels_sha256]
     if not other:
         return Finding("C13 modes", True, f"{len(golden.pictures)} modes of pictures have the pixels they had at export")
     changed = _changed_libraries(golden)
