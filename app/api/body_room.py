@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -26,7 +27,7 @@ class BodyRoom:
         self._max_bytes = max_bytes
         self._metrics = metrics
         self._num_bytes = 0
-        self._turn = asyncio.Lock()
+        self._parser = ThreadPoolExecutor(1, thread_name_prefix="parse")
 
     def open(self) -> HeldBody:
         """The share of one request, empty."""
@@ -62,8 +63,7 @@ class HeldBody:
         """
         if self._num_bytes <= _LARGE_BYTES:
             return read()
-        async with self._room._turn:
-            return await asyncio.to_thread(read)
+        return await asyncio.get_running_loop().run_in_executor(self._room._parser, read)
 
     def __enter__(self) -> Self:
         return self

@@ -265,3 +265,30 @@ async def test_large_bodies_are_parsed_one_at_a_time_beside_the_loop() -> None:
     may_end.set()
     assert await asyncio.gather(*tasks) == [1] * 4
     assert most == 1
+
+
+async def test_a_client_that_leaves_while_its_body_is_parsed_lets_no_second_parse_begin() -> None:
+    """The thread cannot be stopped: until it is through, the next body waits."""
+    room, ran, may_end = BodyRoom(1 << 30, Metrics()), [], threading.Event()
+
+    async def one(name: str) -> None:
+        def parse() -> None:
+            ran.append(name)
+            may_end.wait(30)
+            ran.append(f"{name} is through")
+
+        with room.open() as own:
+            own.take(LARGE)
+            await own.parse(parse)
+
+    leaving = asyncio.create_task(one("first"))
+    await until(lambda: ran == ["first"])
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    waiting = asyncio.create_task(one("second"))
+    await asyncio.sleep(0)  # to let it ask for the thread
+    assert ran == ["first"]
+    may_end.set()
+    await waiting
+    assert ran == ["first", "first is through", "second", "second is through"]
