@@ -18,6 +18,8 @@ from pathlib import Path
 _CGROUP = Path("/sys/fs/cgroup")
 _NEVER = 1_000_000  # times that the younger were looked at
 _DONT_NEED = 4  # of madvise(2)
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt(3)
+_LARGE_BLOCK = 128 << 10  # bytes; what glibc itself begins with
 _GLIBC = re.compile(r"/libc(\.so\.6|-2\.\d+\.so)$", re.MULTILINE)
 _OTHER_ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
 
@@ -116,6 +118,17 @@ def give_back() -> bool:
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     return trim is not None and bool(trim(ctypes.c_size_t(0)))
+
+
+def keep_large_blocks_apart() -> bool:
+    """Each block of 128 KiB or more is mapped by itself, and all threads share one heap; False where the allocator cannot be told.
+
+    By itself glibc raises that limit with every large block that is freed, up to 32 MiB: bodies and pictures then lie between what
+    stays, and the gaps they leave become more. Not for a process that computes in this memory, where every intermediate result
+    would be paged in anew. Once a process, before its threads; it cannot be undone.
+    """
+    tell = getattr(ctypes.CDLL(None), "mallopt", None) if allocator() == "glibc" else None
+    return tell is not None and all(tell(*what) for what in ((_M_MMAP_THRESHOLD, _LARGE_BLOCK), (_M_ARENA_MAX, 1)))
 
 
 def quiet_collector() -> Callable[[], None]:

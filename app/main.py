@@ -23,7 +23,7 @@ from app.hardware import Hardware, find_hardware
 from app.images import check_limits, image_limits
 from app.lanes import Lane, LanesScorer
 from app.layers import compiled_steps, prepack
-from app.machine import available_bytes, num_processors
+from app.machine import available_bytes, keep_large_blocks_apart, num_processors
 from app.metrics import Metrics
 from app.model import load_model
 from app.monitors import RunMonitors, expected_of
@@ -156,6 +156,8 @@ async def _begin(runtime: Runtime, model: ServedModel, common: Common, stack: As
 
 async def _assemble(settings: Settings, parts: Sequence[Parts], stack: AsyncExitStack) -> tuple[Runtime, Common]:
     metrics, device = Metrics(), torch.device(parts[0].loaded.device)
+    if device.type == "cuda":
+        keep_large_blocks_apart()
     engines = _engines(parts)
     budgets = _budgets(settings, engines, parts, device, stack)
     scorers = {each.name: build_scorer(each, engines[each.name], settings, budgets, metrics, len(parts)) for each in parts}

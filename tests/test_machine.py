@@ -252,3 +252,28 @@ before = resident_bytes()
 print(allocator() if allocator() != "glibc" or before is None else give_back() and before - resident_bytes() > 20 << 20)
 """
     assert child(program) in ("True", "system", "tcmalloc", "jemalloc", "mimalloc")
+
+
+PEAK = """
+import ctypes
+from app.machine import keep_large_blocks_apart, resident_bytes
+told = {told}
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+def block(size):
+    found = libc.malloc(ctypes.c_size_t(size))
+    ctypes.memset(found, 1, size)
+    return ctypes.c_void_p(found)
+libc.free(block(16 << 20))  # the limit rises to its size
+before = resident_bytes()
+body = block(8 << 20)
+stays = block(1 << 10)  # on top of it
+libc.free(body)
+print(told, resident_bytes() - before < 4 << 20)
+"""
+
+
+@on_glibc
+def test_a_body_between_blocks_that_stay_goes_back_to_the_system() -> None:
+    assert child(PEAK.format(told="keep_large_blocks_apart()")) == "True True"
+    assert child(PEAK.format(told="None")) == "None False"  # what glibc does by itself

@@ -21,6 +21,7 @@ from app.batching import Batcher
 from app.connections import guarded_config
 from app.draining import DrainingServer, bind
 from app.errors import DeviceBroken
+from app.machine import keep_large_blocks_apart
 from app.metrics import Metrics
 from app.selftest import SelfTestReport
 from app.service import ScoringService
@@ -57,6 +58,7 @@ async def serve(ordered: Ordered) -> None:
 
 
 async def _serve(ordered: Ordered, journal: TextIO | None) -> None:
+    keep_large_blocks_apart()  # as a server on a GPU does
     settings, metrics, state = load_settings(), Metrics(), FakeState()
     if ordered.plant == "skip-counter":
         metrics.requests = ForgetfulCounter(metrics.requests, 50)  # type: ignore[assignment]
