@@ -62,6 +62,34 @@ def load_backbone(artifact: Artifact, dtype: torch.dtype) -> Any:
     return backbone
 
 
+def fitting_backbone(artifact: Artifact, dtype: torch.dtype, place: torch.device, free: int | None) -> Any:
+    """`load_backbone`, for a device with `free` bytes, None where nobody tells. Raises ArtifactInvalid, with both numbers, before it reads.
+
+    A system that runs out of memory would kill this process without a word.
+    """
+    needed = weights_bytes(artifact.base_path, dtype, UNUSED_BASE_KEYS | head_keys(artifact))
+    if free is not None and needed > free:
+        raise ArtifactInvalid(f"{artifact.base_path}: {_gib(needed)} of weights in {dtype}, {place} has {_gib(free)} of memory left")
+    return load_backbone(artifact, dtype)
+
+
+def weights_bytes(path: Path, dtype: torch.dtype, unused: Collection[str] = UNUSED_BASE_KEYS) -> int:
+    """What the weights of a base take in a number format, from the headers of its files. Raises ArtifactInvalid."""
+    count = 0
+    for shard in shards(path):
+        try:
+            with safe_open(shard, framework="pt") as stream:
+                shapes = [stream.get_slice(name).get_shape() for name in stream.keys() if name not in unused]  # noqa: SIM118 (no mapping)
+        except Exception as error:
+            raise ArtifactInvalid(f"{shard}: cannot be read ({reason_of(error)})") from None
+        count += sum(torch.Size(shape).numel() for shape in shapes)
+    return count * dtype.itemsize
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
 def head_keys(artifact: Artifact) -> set[str]:
     """Names that a head has among the weights of its base: of a sequence-classification checkpoint."""
     layout = artifact.layout

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from app import __version__
 from app.errors import ApiError, DeviceBroken, DeviceFault, DeviceHung, StartRefused
+from app.machine import keep_large_blocks_apart
 from app.preference import compare as compare_scores
 from app.preference import rank as rank_scores
 from app.remote import remote_info, remote_post, remote_selftest
@@ -136,6 +137,7 @@ def serve(settings: Settings) -> None:
     _log_to_stderr(settings.log_level)
     _quiet_libraries()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # while it loads, too; once it serves the log says that nothing is reloaded
+    keep_large_blocks_apart()
     from app.serving import serve as run  # torch loads only for commands that need it
 
     asyncio.run(run(settings))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from app.machine import allocator, num_processors
+from app.machine import allocator, available_bytes, num_processors
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_fp16", "sve", "bf16", "i8mm")  # what decides a matrix product's speed
 
@@ -87,3 +87,8 @@ def _read(path: str) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that this process may still take; None where nobody tells."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()

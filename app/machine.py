@@ -18,8 +18,8 @@ from pathlib import Path
 _CGROUP = Path("/sys/fs/cgroup")
 _NEVER = 1_000_000  # times that the younger were looked at
 _DONT_NEED = 4  # of madvise(2)
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt(3)
-_LARGE_BLOCK = 128 << 10  # bytes; what glibc itself begins with
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of mallopt(3)
+_LARGE_BLOCK, _LARGEST_BLOCK = 128 << 10, 32 << 20  # bytes: where glibc begins to map a block by itself, and as far as it raises that
 _GLIBC = re.compile(r"/libc(\.so\.6|-2\.\d+\.so)$", re.MULTILINE)
 _OTHER_ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
 
@@ -121,14 +121,27 @@ def give_back() -> bool:
 
 
 def keep_large_blocks_apart() -> bool:
-    """Each block of 128 KiB or more is mapped by itself, and all threads share one heap; False where the allocator cannot be told.
+    """Each block of 128 KiB or more is mapped by itself, and what is free at the heap's end goes back; False where nobody can be told.
 
-    By itself glibc raises that limit with every large block that is freed, up to 32 MiB: bodies and pictures then lie between what
-    stays, and the gaps they leave become more. Not for a process that computes in this memory, where every intermediate result
-    would be paged in anew. Once a process, before its threads; it cannot be undone.
+    By itself glibc raises that limit with every large block that is freed, up to 32 MiB: files, bodies and pictures then lie between
+    what stays, and the gaps they leave become more. To be called first of all (mallopt(3)).
     """
+    return _told((_M_MMAP_THRESHOLD, _LARGE_BLOCK), (_M_TRIM_THRESHOLD, _LARGE_BLOCK))
+
+
+def keep_large_blocks_at_hand() -> bool:
+    """The opposite, for a process that computes in this memory: intermediate results would have to be paged in every time."""
+    return _told((_M_MMAP_THRESHOLD, _LARGEST_BLOCK), (_M_TRIM_THRESHOLD, 2 * _LARGEST_BLOCK))
+
+
+def share_one_heap() -> bool:
+    """Threads that start from now on have no heap of their own; cannot be undone. False where nobody can be told."""
+    return _told((_M_ARENA_MAX, 1))
+
+
+def _told(*what: tuple[int, int]) -> bool:
     tell = getattr(ctypes.CDLL(None), "mallopt", None) if allocator() == "glibc" else None
-    return tell is not None and all(tell(*what) for what in ((_M_MMAP_THRESHOLD, _LARGE_BLOCK), (_M_ARENA_MAX, 1)))
+    return tell is not None and all(tell(*each) for each in what)
 
 
 def quiet_collector() -> Callable[[], None]:

@@ -19,11 +19,11 @@ from app.canary import Canary
 from app.encoding import Encoder, load_encoder
 from app.engine import Engine
 from app.errors import ArtifactInvalid, DeviceFault, DeviceHung, OutOfMemory, SettingsInvalid
-from app.hardware import Hardware, find_hardware
+from app.hardware import Hardware, find_hardware, free_bytes
 from app.images import check_limits, image_limits
 from app.lanes import Lane, LanesScorer
 from app.layers import compiled_steps, prepack
-from app.machine import available_bytes, keep_large_blocks_apart, num_processors
+from app.machine import keep_large_blocks_at_hand, num_processors, share_one_heap
 from app.metrics import Metrics
 from app.model import load_model
 from app.monitors import RunMonitors, expected_of
@@ -157,7 +157,9 @@ async def _begin(runtime: Runtime, model: ServedModel, common: Common, stack: As
 async def _assemble(settings: Settings, parts: Sequence[Parts], stack: AsyncExitStack) -> tuple[Runtime, Common]:
     metrics, device = Metrics(), torch.device(parts[0].loaded.device)
     if device.type == "cuda":
-        keep_large_blocks_apart()
+        share_one_heap()
+    else:
+        keep_large_blocks_at_hand()
     engines = _engines(parts)
     budgets = _budgets(settings, engines, parts, device, stack)
     scorers = {each.name: build_scorer(each, engines[each.name], settings, budgets, metrics, len(parts)) for each in parts}
@@ -222,7 +224,7 @@ def measured_budgets(settings: Settings, engines: Sequence[Engine], max_row_toke
     bytes_per_token = max(_bytes_per_token(settings, engine, device) for engine in engines)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what practice left in torch's hands is free as well
-    left = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    left = free_bytes(device)
     host_caches = settings.image_store_bytes + settings.pixel_cache_bytes + settings.score_cache_bytes
     if left is not None and device.type != "cuda":
         left = max(0, left - host_caches)

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from app import attention
 from app.adapters import checked_adapter, with_adapter
 from app.artifacts import Artifact, base_sha256, fingerprint
-from app.bases import load_backbone, read_head_tensors
+from app.bases import fitting_backbone, read_head_tensors
 from app.encoding import TEXT_ONLY_FAMILIES
 from app.errors import ArtifactInvalid
+from app.hardware import free_bytes
 from app.heads import Head, head_from, load_head
 from app.machine import MappedFiles, forget_pages
 from app.packing import Packed
-from app.sharing import SharedBases
+from app.sharing import Free, SharedBases
 from app.varlen import choose, installed
 from app.vision import has_own_forward, layers_of
 
@@ -120,8 +121,11 @@ def load_model(
     switches: Mapping[str, bool] | None = None,
     leave_mapped: bool = False,
     bases: SharedBases | None = None,
+    free: Free = free_bytes,
 ) -> LoadedModel:
     """Base, adapter if there is one, and head, every part checked against the others. Raises ArtifactInvalid naming the file at fault.
+
+    Also raised where the weights are more than is `free` on the device, before they are read.
 
     `leave_mapped`: on a CPU the weights still lie in their mapped files; an engine packs most of them, which copies as well.
     `bases`: those of models that are served together; where this one's is another's as well, `auto` leaves the adapter unmerged and the
@@ -135,7 +139,7 @@ def load_model(
     base_digest = _checked_base(artifact, adapter_base, base_sha256(artifact.base_path) if bases is None else bases.digest(artifact))
     shared = bases if bases is not None and bases.is_shared(artifact) else None
     applied: LoraUse = "none" if not has_adapter else "merged" if lora == "merged" or (lora == "auto" and not shared) else "unmerged"
-    backbone = _adapted(artifact, applied, getattr(torch, number), place, shared)
+    backbone = _adapted(artifact, applied, getattr(torch, number), place, shared, free)
     hidden = backbone.config.get_text_config().hidden_size
     if head.in_features != hidden:
         raise ArtifactInvalid(f"{artifact.head_path}: head takes {head.in_features} values, the base gives {hidden}")
@@ -158,9 +162,12 @@ def _runtime_of(model: RewardModel, switches: Mapping[str, bool]) -> dict[str, s
     return runtime
 
 
-def _adapted(artifact: Artifact, lora: LoraUse, dtype: torch.dtype, place: torch.device, shared: SharedBases | None) -> Any:
+def _adapted(artifact: Artifact, lora: LoraUse, dtype: torch.dtype, place: torch.device, shared: SharedBases | None, free: Free) -> Any:
     """The backbone with its adapter, if any. A base that is merged into is nobody else's."""
-    backbone = load_backbone(artifact, dtype) if shared is None or lora == "merged" else shared.take(artifact, dtype, place)
+    if shared is None or lora == "merged":
+        backbone = fitting_backbone(artifact, dtype, place, free(place))
+    else:
+        backbone = shared.take(artifact, dtype, place, free)
     return backbone if lora == "none" else with_adapter(backbone, artifact, merge=lora == "merged")
 
 

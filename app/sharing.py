@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 
 from app.artifacts import Artifact, base_sha256
-from app.bases import load_backbone
+from app.bases import fitting_backbone
+from app.hardware import free_bytes
+
+Free = Callable[[torch.device], int | None]  # memory that is left there
 
 
 class SharedBases:
@@ -32,14 +35,14 @@ class SharedBases:
         """Whether another artifact stands on the same base."""
         return self._num_models[self.digest(artifact)] > 1
 
-    def take(self, artifact: Artifact, dtype: torch.dtype, device: torch.device) -> Any:
+    def take(self, artifact: Artifact, dtype: torch.dtype, device: torch.device, free: Free = free_bytes) -> Any:
         """A tree of modules of the artifact's own, on the device, with the weights of everybody who took this base.
 
         Weights must not be changed in place: an adapter is put beside them. Raises ArtifactInvalid.
         """
         key = (self.digest(artifact), dtype, device)
         if key not in self._loaded:
-            backbone = load_backbone(artifact, dtype).requires_grad_(False)
+            backbone = fitting_backbone(artifact, dtype, device, free(device)).requires_grad_(False)
             # here, and not tree by tree: a buffer that moves is another one
             self._loaded[key] = backbone.to(device) if device.type == "cuda" else backbone
         return with_same_weights(self._loaded[key])

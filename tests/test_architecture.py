@@ -43,6 +43,7 @@ TABLE = (
     ("errors", "settings", "contracts", "metrics"),
     ("planning", "caches", "reuse", "budgets", "machine", "preference", "tallies", "joining", "runs", "images", "layouts", "artifacts"),
     (
+        "hardware",
         "framing",
         "encoding",
         "faults",
@@ -64,7 +65,6 @@ TABLE = (
         "batching",
         "lanes",
         "geometry",
-        "hardware",
     ),
     ("scoring", "golden", "monitors", "service", "startcheck", "selftest", "canary"),
     (

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from app.bases import weights_bytes
 from app.bench.flops import Shapes
 from app.bench.limit import Rate, measure_rate, prepacked_product, rate_now
-from app.bench.memory import Peak, PeakMemory, free_bytes, weights_bytes
+from app.bench.memory import Peak, PeakMemory
 from app.geometry import base_config
+from app.hardware import free_bytes
 from tests.test_geometry import SPECIAL, TINY
 
 CPU = torch.device("cpu")
@@ -50,7 +52,7 @@ def test_the_rate_of_now_is_measured_anew_at_each_call() -> None:
 def test_weights_are_counted_without_the_unused_head(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3, 5), "lm_head.weight": torch.zeros(1000)}, tmp_path / "model-1.safetensors")
     save_file({"b": torch.zeros(7)}, tmp_path / "model-2.safetensors")
-    assert (weights_bytes(tmp_path, "bfloat16"), weights_bytes(tmp_path, "float32")) == (44, 88)
+    assert (weights_bytes(tmp_path, torch.bfloat16), weights_bytes(tmp_path, torch.float32)) == (44, 88)
 
 
 def test_a_peak_is_seen_after_it_has_gone() -> None:

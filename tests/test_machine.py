@@ -256,7 +256,7 @@ print(allocator() if allocator() != "glibc" or before is None else give_back() a
 
 PEAK = """
 import ctypes
-from app.machine import keep_large_blocks_apart, resident_bytes
+from app.machine import keep_large_blocks_apart, keep_large_blocks_at_hand, resident_bytes
 told = {told}
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -264,8 +264,8 @@ def block(size):
     found = libc.malloc(ctypes.c_size_t(size))
     ctypes.memset(found, 1, size)
     return ctypes.c_void_p(found)
-libc.free(block(16 << 20))  # the limit rises to its size
 before = resident_bytes()
+libc.free(block(16 << 20))  # the limit rises to its size
 body = block(8 << 20)
 stays = block(1 << 10)  # on top of it
 libc.free(body)
@@ -277,3 +277,26 @@ print(told, resident_bytes() - before < 4 << 20)
 def test_a_body_between_blocks_that_stay_goes_back_to_the_system() -> None:
     assert child(PEAK.format(told="keep_large_blocks_apart()")) == "True True"
     assert child(PEAK.format(told="None")) == "None False"  # what glibc does by itself
+    assert child(PEAK.format(told="keep_large_blocks_apart() and keep_large_blocks_at_hand()")) == "True False"
+
+
+@on_glibc
+def test_threads_share_the_heap() -> None:
+    """In one of their own they would begin at an address of its own, far from the heap's."""
+    program = """
+import ctypes, threading
+from app.machine import share_one_heap
+told = {told}
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_size_t
+found = []
+def take():
+    found.extend(libc.malloc(ctypes.c_size_t(3000)) for _ in range(2000))
+thread = threading.Thread(target=take)
+thread.start()
+thread.join()
+ranges = [line.split()[0].split("-") for line in open("/proc/self/maps") if line.rstrip().endswith("[heap]")]
+print(told, all(any(int(low, 16) <= each < int(high, 16) for low, high in ranges) for each in found))
+"""
+    assert child(program.format(told="share_one_heap()")) == "True True"
+    assert child(program.format(told="None")) == "None False"

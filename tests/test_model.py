@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, MistralConfig, MistralModel
 
 from app.artifacts import Artifact, base_sha256, open_artifact
-from app.bases import backbone_name, load_backbone, tensor_names
+from app.bases import backbone_name, load_backbone, tensor_names, weights_bytes
 from app.contracts import EncodedGroup
 from app.encoding import FAMILIES, Encoder
 from app.errors import ArtifactInvalid
@@ -184,6 +184,32 @@ def test_loading_leaves_one_copy_of_the_weights(artifact: Artifact) -> None:
     gc.collect()
     own = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
     assert num_tensor_bytes() - before <= 1.02 * own
+
+
+def weights_without_head(artifact: Artifact) -> int:
+    """Bytes in float32 of what a backbone is loaded of, from its own tensors."""
+    return sum(each.nbytes for each in load_backbone(artifact, torch.float32).parameters())
+
+
+def test_a_model_larger_than_the_memory_left_is_refused_before_it_is_read(artifact: Artifact) -> None:
+    """By a byte; the size is that of what is loaded, in the number format that is served."""
+    needed = weights_without_head(artifact)
+    with pytest.raises(ArtifactInvalid, match=r"GiB of weights in torch\.float32, cpu has .* GiB of memory left"):
+        load_model(artifact, free=lambda _: needed - 1)
+    with pytest.raises(ArtifactInvalid, match=r"torch\.bfloat16"):
+        load_model(artifact, dtype="bfloat16", free=lambda _: needed // 2 - 1)
+    for free in (needed, None):
+        assert load_model(artifact, free=lambda _, free=free: free).dtype == "float32"  # type: ignore[misc]
+    assert load_model(artifact, dtype="bfloat16", free=lambda _: needed // 2).dtype == "bfloat16"
+
+
+def test_the_size_of_shards_is_that_of_those_the_index_names(published: Path, tmp_path: Path) -> None:
+    root = copy_artifact(published, tmp_path)
+    artifact = open_artifact(str(root), offline=True)
+    whole = weights_bytes(artifact.base_path, torch.float32)
+    shard_base(root, {})
+    save_file({"old": torch.zeros(99)}, artifact.base_path / "forgotten.safetensors")
+    assert weights_bytes(artifact.base_path, torch.float32) == whole
 
 
 def shard_base(root: Path, more: Tensors) -> None:

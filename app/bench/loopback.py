@@ -19,7 +19,8 @@ import httpx
 import torch
 import uvicorn
 
-from app.bench.memory import Peak, PeakMemory, weights_bytes
+from app.bases import weights_bytes
+from app.bench.memory import Peak, PeakMemory
 from app.bench.workload import Request
 from app.contracts import Scores
 from app.errors import ScoringFailed
@@ -101,7 +102,7 @@ async def _serve(settings: Settings, found: Future[Loopback], stop: threading.Ev
             began = time.perf_counter()
             runtime = await stack.enter_async_context(running(settings))
             seconds = time.perf_counter() - began
-        peak = memory.peak(weights_bytes(runtime.first.artifact.base_path, runtime.first.loaded.dtype))
+        peak = memory.peak(weights_bytes(runtime.first.artifact.base_path, getattr(torch, runtime.first.loaded.dtype)))
         # the protocol is named because asyncio turns Nagle's delay off only for sockets that name it: else 40 ms an answer
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
             listener.bind((HOST, 0))

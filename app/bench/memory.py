@@ -1,19 +1,14 @@
-"""Peak memory of this process or its GPU since a moment, and what the weights of a base need."""
+"""Peak memory of this process or its GPU since a moment."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
-from safetensors import safe_open
 
-from app.machine import available_bytes, resident_bytes
+from app.machine import resident_bytes
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-_UNUSED = {"lm_head.weight"}
 _WATCH_S = 0.005
 
 
@@ -64,18 +59,3 @@ class PeakMemory:
 def held_now(device: torch.device) -> int | None:
     """By this process on its GPU, else in main memory; None where the system does not tell."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory of the device that another model could have."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
-
-
-def weights_bytes(base_path: Path, dtype: Literal["float32", "bfloat16"]) -> int:
-    """What the base's weights take in a number format, from the headers of its files."""
-    count = 0
-    for path in base_path.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as stream:
-            shapes = [stream.get_slice(name).get_shape() for name in stream.keys() if name not in _UNUSED]  # noqa: SIM118 (no mapping)
-        count += sum(torch.Size(shape).numel() for shape in shapes)
-    return count * _ITEM_BYTES[dtype]

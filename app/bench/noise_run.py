@@ -9,17 +9,16 @@ from typing import Any
 import torch
 
 from app.artifacts import Artifact, open_artifact
-from app.bases import read_base_config
+from app.bases import read_base_config, weights_bytes
 from app.bench.flops import Shapes
 from app.bench.loopback import serving
-from app.bench.memory import free_bytes, weights_bytes
 from app.bench.noise import NoiseReport, Subject, Truth, make_groups, measure_noise, subjects_of
 from app.bench.run import MIN_FREE
 from app.bench.workload import Workload
 from app.contracts import Scorer
 from app.encoding import load_encoder
 from app.errors import SettingsInvalid
-from app.hardware import Hardware, find_hardware
+from app.hardware import Hardware, find_hardware, free_bytes
 from app.images import image_limits
 from app.main import Runtime
 from app.metrics import Metrics
@@ -84,7 +83,7 @@ def _float32_subjects(
 def _check_memory(artifact: Artifact, settings: Settings, device: torch.device) -> None:
     """Before minutes of work. Raises SettingsInvalid."""
     number = resolve_dtype(settings.dtype, artifact.config.dtype, device)
-    needed = max(weights_bytes(artifact.base_path, "float32"), weights_bytes(artifact.base_path, number))
+    needed = max(weights_bytes(artifact.base_path, torch.float32), weights_bytes(artifact.base_path, getattr(torch, number)))
     free = free_bytes(device)
     if free is not None and free < MIN_FREE * needed:
         sizes = f"{MIN_FREE * needed / 2**30:.1f} GiB, free are {free / 2**30:.1f} GiB"

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from app.artifacts import open_artifact
-from app.bases import read_base_config
+from app.bases import read_base_config, weights_bytes
 from app.bench.conversations import AS_USUAL, Conversations, Wanted
 from app.bench.flops import Shapes
 from app.bench.limit import measure_rate, rate_now
 from app.bench.load import measure_load
 from app.bench.loopback import Client, Loopback, serving
-from app.bench.memory import free_bytes, weights_bytes
 from app.bench.overhead import Overhead, measure_overhead
 from app.bench.report import Report, Subject, Tokens, tokens_of
 from app.bench.ways import Contestants, measure_ways
@@ -23,7 +22,7 @@ from app.bench.workload import Source, Workload
 from app.contracts import Scorer
 from app.encoding import load_encoder
 from app.errors import SettingsInvalid
-from app.hardware import find_hardware
+from app.hardware import find_hardware, free_bytes
 from app.images import image_limits
 from app.main import Runtime
 from app.model import RewardModel, load_model
@@ -93,7 +92,7 @@ def run_ways(plan: Plan, report: Callable[[str], None], announce: Callable[[str]
 def load_baseline(runtime: Runtime) -> tuple[RewardModel | None, float | None]:
     """The same artifact as transformers loads it, and the seconds that took, hashes included; None where it does not fit."""
     device = torch.device(runtime.first.loaded.device)
-    free, needed = free_bytes(device), weights_bytes(runtime.first.artifact.base_path, runtime.first.loaded.dtype)
+    free, needed = free_bytes(device), weights_bytes(runtime.first.artifact.base_path, getattr(torch, runtime.first.loaded.dtype))
     if free is not None and free < MIN_FREE * needed:
         return None, None
     settings, began = runtime.settings, time.perf_counter()

@@ -25,7 +25,7 @@ IMAGE = picture()
 @contextmanager
 def oracle(*flags: str, **variables: str) -> Iterator[Server]:
     """A real process whose device can be told to fail."""
-    command = [sys.executable, "-m", "tests.load.oracle_server", *flags]
+    command = [sys.executable, "-m", "tests.load.serve_oracle", *flags]
     settings = {"PUNCHLINE_PORT": "0", "PUNCHLINE_DRAIN_NOTICE_S": "0", **variables}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**environment(), **settings})
     try:

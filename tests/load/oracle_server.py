@@ -1,4 +1,4 @@
-"""The real HTTP layer, service, scorer and batch loop on a port, over the oracle device: `python -m tests.load.oracle_server`."""
+"""The real HTTP layer, service, scorer and batch loop on a port, over the oracle device: `python -m tests.load.serve_oracle`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from app.batching import Batcher
 from app.connections import guarded_config
 from app.draining import DrainingServer, bind
 from app.errors import DeviceBroken
-from app.machine import keep_large_blocks_apart
 from app.metrics import Metrics
 from app.selftest import SelfTestReport
 from app.service import ScoringService
@@ -58,7 +57,6 @@ async def serve(ordered: Ordered) -> None:
 
 
 async def _serve(ordered: Ordered, journal: TextIO | None) -> None:
-    keep_large_blocks_apart()  # as a server on a GPU does
     settings, metrics, state = load_settings(), Metrics(), FakeState()
     if ordered.plant == "skip-counter":
         metrics.requests = ForgetfulCounter(metrics.requests, 50)  # type: ignore[assignment]
@@ -142,7 +140,3 @@ def main() -> None:
     except DeviceBroken as error:
         print(f"oracle: {error}", file=sys.stderr)
         leave(DeviceBroken.exit_code)
-
-
-if __name__ == "__main__":
-    main()

@@ -71,7 +71,7 @@ async def oracle(*flags: str, core: int | None = None, port: int = 0, **settings
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         own = {f"PUNCHLINE_{name.upper()}": value for name, value in settings.items()}
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.load.oracle_server", *flags,
+            sys.executable, "-m", "tests.load.serve_oracle", *flags,
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
             env={**environment(), "PUNCHLINE_PORT": str(port), "TMPDIR": folder, **own},
