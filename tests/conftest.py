@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -17,8 +17,13 @@ from tests.tiny import VisionFamily, write_published
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Tiny models are faster so, and never wait for a busy core. A server that ran before took more, which rounds otherwise."""
+def one_thread() -> Iterator[None]:
+    """Tiny models are faster so, and never wait for a busy core. A server that ran before took more, which rounds otherwise.
+
+    Afterwards too: a module's fixtures are made before those of its first test.
+    """
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(1)
 
 
