@@ -39,8 +39,21 @@ _CAPTIONS = (
     "Meet your new manager.",
     "",
     "It was fine until somebody read the manual, and then of course everybody had an opinion about it.",
+    "Meet your new manager!",
+    "No.",
+    "¿Y esto es lo que llaman progreso? 太好了。",
+    "Ha" * 20,
+    "1. First\n2. Second\n\n3. Third, and that is all there is to say about any of it.",
+    "We tried turning it off and on again, but it only got bigger.",
+    "I told them the meeting could have been an email.",
 )
-
+_MORE_CAPTIONS = (  # for a model without pictures, which has fewer prompts
+    "Thank you for asking; I would rather not say.",
+    "Yes, of course!",
+    "Please hold the line. Your call is important to us. Please hold the line.",
+    "It depends on what you mean by that, and on who is asking.",
+    "There are three reasons: money, money and the weather.",
+)
 
 _OTHER_PROMPT = "Somebody left this on my desk this morning. Please tell me what it is, and what I am supposed to do about it."
 
@@ -103,7 +116,7 @@ def default_inputs(config: RewardModelConfig, *, with_images: bool) -> list[Gold
     longer = own if config.prompt_policy == "fixed" else _OTHER_PROMPT if limit is None else long_prompt(limit)
     prompts = (own, longer, own)
     if not with_images:
-        return [GoldenInput(None, tuple(filter(None, _CAPTIONS)), prompt) for prompt in prompts[:2]]
+        return [GoldenInput(None, tuple(filter(None, _CAPTIONS + _MORE_CAPTIONS)), prompt) for prompt in prompts[:2]]
     pictures = sorted((DEMO_PATH / "cartoons").glob("*.png"))
     return [GoldenInput(path, _CAPTIONS, prompt) for path, prompt in zip(pictures, prompts, strict=True)]
 

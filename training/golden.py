@@ -30,7 +30,7 @@ from app.scoring import score_shared
 from training.pairs import Pair
 
 NumberFormat = Literal["float32", "bfloat16"]
-NUM_ITEMS, NUM_CAPTIONS = 3, 6
+NUM_ITEMS, NUM_CAPTIONS = 3, 12
 _MAX_SHARE = 0.01  # of the golden scores' spread that float32 may differ by, however close the scores are
 _ROOM = 3.0  # another device's kernels may round this many times as far as this one's
 _MAX_ROUNDED = 0.25  # of the golden scores' spread: a bfloat16 that rounds further tells captions apart by chance

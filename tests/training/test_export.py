@@ -134,7 +134,7 @@ def test_it_serves_the_scores_of_training(tiny: TinyRun, run: Path, exported: Pa
 async def test_a_server_starts_on_it(exported: Path) -> None:
     async with running(load_settings(model=str(exported), offline=True)) as runtime:
         assert runtime.first.last_report is not None
-        assert (runtime.first.last_report.kind, runtime.first.last_report.num_scores) == ("golden", 18)
+        assert (runtime.first.last_report.kind, runtime.first.last_report.num_scores) == ("golden", 36)
         assert runtime.ready
 
 
@@ -186,7 +186,7 @@ def test_golden_items_cover_pictures_and_prompts(exported: Path) -> None:
     golden = opened.golden()
     assert golden is not None
     assert [item.prompt for item in golden.items] == [None, "Look closely.", long_prompt(160)]
-    assert all(len(item.captions) == len(set(item.captions)) == 6 for item in golden.items)
+    assert all(len(item.captions) == len(set(item.captions)) == 12 for item in golden.items)
     assert len({file_sha256(exported / str(item.image)) for item in golden.items}) > 1
     encoder, _ = load_whole(exported)
     cut = [encode(encoder, (56, 56), 0, item.captions, item.prompt).truncated_prompt for item in golden.items]
@@ -257,12 +257,12 @@ def test_a_fixed_prompt_is_the_only_golden_one(tiny: TinyRun, tmp_path: Path) ->
 
 
 def test_one_scene_makes_three_different_golden_items(exported: Path, tiny: TinyRun) -> None:
-    """Nine pairs of one picture: the items take pairs 0 to 2, 3 to 5 and 6 to 8."""
+    """Eighteen pairs of one picture: the items take pairs 0 to 5, 6 to 11 and 12 to 17."""
     encoder, _ = load_whole(exported)
-    pairs = [Pair(str(number), "c", "images/0.png", None, f"a {number}", f"b {number}") for number in range(9)]
+    pairs = [Pair(str(number), "c", "images/0.png", None, f"a {number}", f"b {number}") for number in range(18)]
     items = choose_inputs(encoder, pairs, tiny.data)
     assert [item.captions for item in items] == [
-        tuple(f"{side} {number}" for number in range(start, start + 3) for side in "ab") for start in (0, 3, 6)
+        tuple(f"{side} {number}" for number in range(start, start + 6) for side in "ab") for start in (0, 6, 12)
     ]
 
 

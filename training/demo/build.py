@@ -174,8 +174,14 @@ class DemoBuilder:
         open_artifact(str(root), offline=True)
 
     def _golden_inputs(self, root: Path) -> list[GoldenInput]:
-        """Every cartoon, and the first once more under a prompt over the budget: a changed budget changes its scores."""
-        shown = [(root / CARTOONS_NAME / f"{cartoon.name}.png", cartoon.captions) for cartoon in self._world.cartoons]
+        """Every cartoon with its own captions and those of the one before, and the first once more under a prompt over the budget: a
+        changed budget changes its scores.
+        """
+        cartoons = self._world.cartoons
+        shown = [
+            (root / CARTOONS_NAME / f"{cartoon.name}.png", cartoon.captions + before.captions)
+            for before, cartoon in zip((cartoons[-1], *cartoons), cartoons, strict=False)
+        ]
         cut = GoldenInput(*shown[0], prompt=long_prompt(self._recipe.model.max_prompt_tokens))
         return [*(GoldenInput(image, captions) for image, captions in shown), cut]
 
