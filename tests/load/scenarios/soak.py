@@ -17,6 +17,7 @@ from tests.load.wire import Lost, Pool
 
 _NUM_WORKERS, _HOSTILE_SHARE = 8, 0.05
 _MAX_SHORT_SLOPE = 4000.0  # MiB/h: in seconds only what is gross shows; the long version asks for an interval with 0 in it
+_MAX_UNSEEN = 16.0  # bytes a request: the least that an object of Python's takes; an interval that reaches beyond says nothing
 _THINK_S = 0.01
 
 
@@ -79,7 +80,7 @@ async def run(run: Run) -> Report:
         for request in asker.uploads():
             await traffic.pool.ask(request)
         warm = Traffic(traffic.pool, asker)  # caches fill, threads start, the allocator takes what it will keep
-        await _drive(warm, run.pick(1.5, 120.0))
+        await _drive(warm, run.pick(1.5, 600.0))
         await settled(server)
         idle_files = server.num_files
         watching = asyncio.create_task(course.watch(server, run.pick(0.05, 5.0)))
@@ -104,8 +105,11 @@ def _judge(run: Run, report: Report, course: Course, traffic: Traffic, server: O
     began = course.points[0][0]
     slope = theil_sen([((when - began) / 3600, size) for when, size in course.points[:: max(1, len(course.points) // 400)]])
     text = f"{slope.median:+.2f} MiB/h, 95 % interval {slope.low:+.2f} to {slope.high:+.2f}, of {course.points[-1][1]:.0f} MiB"
-    holds = slope.low <= 0 if run.is_long else slope.low < _MAX_SHORT_SLOPE
+    num_requests = traffic.num_hostile + traffic.tally.num_sent
+    unseen = max(0.0, slope.high) * 2**20 * (course.points[-1][0] - began) / 3600 / num_requests
+    holds = slope.low <= 0 and unseen < _MAX_UNSEEN if run.is_long else slope.low < _MAX_SHORT_SLOPE
     report.add("memory slope (Theil-Sen)", text, holds, is_timed=True)
+    report.add("bytes a request that could be lost unseen", f"{unseen:.1f} of {num_requests:,} requests")
     report.add("open files, before / after", f"{idle_files} / {server.num_files}", server.num_files <= idle_files + _NUM_WORKERS)
     report.add("threads, most / after", f"{max(course.threads)} / {server.num_threads}", server.num_threads <= max(course.threads))
     report.add("temporary files left", server.num_left_files, server.num_left_files == 0)
