@@ -27,9 +27,14 @@ else
 	$(BIN)/python -m pytest $(ALONE)
 endif
 
+# Out of Debian's package, which is not installed: it would start a server.
+PROMTOOL = { cd $(VENV) && apt-get update -qq && apt-get download -qq prometheus && dpkg --fsys-tarfile prometheus_*.deb | \
+	tar --extract --strip-components=3 --directory=bin ./usr/bin/promtool && rm prometheus_*.deb; }
+
 e2e: $(VENV)/.installed  ## what the tests marked e2e want; `make test` skips them without it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[e2e]'
 	@command -v chromium || { apt-get update -qq && apt-get install -qq --no-install-recommends chromium; } || echo "no Chromium: the page is not tested"
+	@command -v promtool || test -x $(BIN)/promtool || $(PROMTOOL) || echo "no promtool: Prometheus' own verdict on the rules is not asked"
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

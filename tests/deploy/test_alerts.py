@@ -1,13 +1,15 @@
 """The alert rules ask for what the server has, say what to do, and each fires and keeps silent over series in alerts_test.yml.
 
-With Prometheus' own `promtool` on the path its verdict is asked too.
+With Prometheus' own `promtool` on the path or beside Python its verdict is asked too.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -224,9 +226,9 @@ def test_prometheus_loads_the_rules_that_compose_mounts() -> None:
 
 @pytest.fixture
 def promtool() -> str:
-    found = shutil.which("promtool")
+    found = shutil.which("promtool", path=f"{os.environ['PATH']}:{Path(sys.executable).parent}")  # `make e2e` puts it beside python
     if found is None:
-        pytest.skip("promtool is not on the path (Debian: apt install prometheus)")
+        pytest.skip("promtool is not on the path (`make e2e`, or Debian: apt install prometheus)")
     return found
 
 
