@@ -28,6 +28,8 @@ PunchlineError
     │   ├── NotReady
     │   ├── DeadlineExceeded
     │   └── DeviceFault
+    ├── ImageFetchFailed            502: an image that was named by its address did not come
+    │   └── ImageFetchTimeout       504
     ├── DeviceHung                  504: the batch never came back
     └── ScoringFailed               500: the device or the model failed this request
         ├── NonfiniteScore
@@ -287,6 +289,20 @@ class DeviceFault(Unavailable):
     """The device or the batch loop broke before this request had its scores; the process leaves, its successor may answer."""
 
     code = "device_fault"
+
+
+class ImageFetchFailed(ApiError):
+    """The host of an image that was named by its address could not be asked, or did not answer properly."""
+
+    status = 502
+    code = "image_fetch_failed"
+    retryable = True
+    default_field = "image"
+
+
+class ImageFetchTimeout(ImageFetchFailed):
+    status = 504
+    code = "image_fetch_timeout"
 
 
 class DeviceHung(ApiError):

@@ -19,6 +19,7 @@ from app.canary import Canary
 from app.encoding import Encoder, load_encoder
 from app.engine import Engine
 from app.errors import ArtifactInvalid, DeviceFault, DeviceHung, OutOfMemory, SettingsInvalid
+from app.fetching import fetcher_of
 from app.hardware import Hardware, find_hardware, free_bytes
 from app.images import check_limits, image_limits
 from app.lanes import Lane, LanesScorer
@@ -173,6 +174,7 @@ async def _assemble(settings: Settings, parts: Sequence[Parts], stack: AsyncExit
             max_batch_s=settings.max_batch_s or (_MAX_GPU_BATCH_S if device.type == "cuda" else _MAX_CPU_BATCH_S),
         )
     )
+    fetcher = fetcher_of(settings, metrics)
     common = Common(
         settings=settings,
         budgets=budgets,
@@ -182,6 +184,7 @@ async def _assemble(settings: Settings, parts: Sequence[Parts], stack: AsyncExit
         pool=stack.enter_context(ThreadPoolExecutor(settings.num_encode_threads, thread_name_prefix="encode")),
         image_store=ByteBoundedCache[bytes]("images", settings.image_store_bytes, len, metrics),
         num_models=len(parts),
+        fetcher=await stack.enter_async_context(fetcher) if fetcher else None,
     )
     models = {each.name: build(each, engines[each.name], scorers[each.name], Lane(batcher, each.name), common) for each in parts}
     runtime = Runtime(settings, models, budgets, find_hardware(device), batcher, metrics, admission)

@@ -80,9 +80,12 @@ class Metrics:
             "Captions by outcome: scored, null (no score, by itself), client_error, rejected, failed, cancelled (as their request).",
             ("model", "outcome"),
         )
+        self.image_fetches = self._counter(
+            "reward_image_fetches_total", "Images asked for at their addresses, by outcome: ok, or the code of the error.", ("outcome",)
+        )
         self.wasted_items = self._counter("reward_wasted_items_total", "Captions computed for clients that had left or no longer waited.")
         self.stage_duration = self._histogram(
-            "reward_stage_duration_seconds", "Time by stage: decode, encode, queue, forward.", _SECONDS, ("stage",)
+            "reward_stage_duration_seconds", "Time by stage: fetch, decode, encode, queue, forward.", _SECONDS, ("stage",)
         )
         self.batch_items = self._histogram("reward_batch_items", "Captions in a batch.", _COUNTS)
         self.batch_tokens = self._histogram("reward_batch_tokens", "Tokens computed in a batch.", _TOKENS)

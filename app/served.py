@@ -23,6 +23,7 @@ from app.contracts import EncodedImage
 from app.encoding import Encoder
 from app.engine import Engine
 from app.errors import ApiError, ArtifactInvalid, DeviceFault, DeviceHung, ScoringFailed
+from app.fetching import Fetcher
 from app.golden import GOLDEN_TOLERANCE, GoldenCase
 from app.images import image_limits
 from app.lanes import Lane
@@ -62,6 +63,7 @@ class Common:
     pool: Executor
     image_store: ByteBoundedCache[bytes]
     num_models: int = 1
+    fetcher: Fetcher | None = None
 
 
 @dataclass(slots=True)
@@ -132,6 +134,7 @@ def build(parts: Parts, engine: Engine, scorer: TensorScorer, lane: Lane, common
         audit_every=settings.cache_audit_every,
         forget=scorer.forget,
         model=parts.name,
+        fetcher=common.fetcher,
     )
     selftest = SelfTest(parts.artifact, loaded.dtype, service, metrics)
     return ServedModel(parts.name, parts.artifact, parts.encoder, loaded, engine, scorer, lane, service, selftest)

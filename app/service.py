@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +28,7 @@ from app.errors import (
     TooManyTokens,
     Unavailable,
 )
+from app.fetching import Fetcher, Held, is_address
 from app.images import ImageLimits, decode_image, image_id, probe_image, read_image_field
 from app.lanes import Queue
 from app.metrics import CLIENT_GONE, Metrics, outcome_of
@@ -45,7 +46,7 @@ OnItemError = Literal["fail", "null"]
 
 @dataclass(frozen=True, slots=True)
 class GroupRequest:
-    """One group as a client sent it. `image` is raw bytes, base64, a `data:` URL or an image id."""
+    """One group as a client sent it. `image` is raw bytes, base64, a `data:` URL, a web address or an image id."""
 
     captions: tuple[str, ...]
     image: bytes | str | None = None
@@ -120,8 +121,12 @@ class ScoringService:
         audit_every: int = 0,
         forget: Callable[[], None] = lambda: None,
         model: str = "",
+        fetcher: Fetcher | None = None,
     ) -> None:
-        """`model`: its name in metrics. `forget`: called when kept pixels were wrong; whatever was made of them must go as well."""
+        """`model`: its name in metrics. `fetcher`: gets images by their addresses; without one they are refused.
+
+        `forget`: called when kept pixels were wrong; whatever was made of them must go as well.
+        """
         self.model = model
         self._config = config
         self._encoder = encoder
@@ -134,6 +139,7 @@ class ScoringService:
         self._max_batch_tokens = max_batch_tokens
         self._metrics = metrics
         self._forget = forget
+        self._fetcher = fetcher
         self.monitors = monitors
         self._pixel_audit = Audit("pixels", audit_every, metrics, model)
         self._begin_series()
@@ -183,12 +189,29 @@ class ScoringService:
         with self._admission.reserve(num_captions, caller) as reservation, _deadline_named():
             deadline = time.monotonic() + timeout_s
             async with asyncio.timeout(timeout_s):
-                prepared = await self._prepare_all(requests, reservation, timing, explain)
+                with self._fetcher.holding() if self._fetcher else nullcontext() as held:
+                    asked = await self._fetched(requests, held, timing) if held else requests
+                    prepared = await self._prepare_all(asked, reservation, timing, explain)
                 if on_item_error == "fail":
                     _raise_first(requests, prepared)
                 jobs = await self._run(prepared, deadline)
         _note_times(jobs, timing)
         return [_result(group, own) for group, own in zip(prepared, jobs, strict=True)]
+
+    async def _fetched(self, requests: Sequence[GroupRequest], held: Held, timing: Timing) -> Sequence[GroupRequest]:
+        """The requests with images in place of their addresses, each address asked once. Raises what Fetcher.fetch raises."""
+        wanted: dict[str, str] = {}
+        for request in requests:
+            if isinstance(request.image, str) and is_address(request.image):
+                wanted.setdefault(request.image, request.field)
+        if self._fetcher is None or not wanted or not self.takes_images:
+            return requests
+        with _measured(self._metrics, timing, "fetch"):
+            found = await self._fetcher.fetch(wanted, held)
+        return [
+            replace(request, image=found[request.image]) if isinstance(request.image, str) and request.image in found else request
+            for request in requests
+        ]
 
     async def _hold(self, attempt: Callable[[float], Coroutine[Any, Any, list[GroupResult]]], timeout_s: float) -> list[GroupResult]:
         """Attempts as long as there is no room, ever more seldom, since each may decode and encode; the last refusal is raised."""

@@ -18,6 +18,8 @@ MIN_DISTINCT_CHARACTERS = 6  # of a key; 24 times the same letter is long and no
 MAX_PIXELS = 89_478_485  # above it Pillow warns of a bomb
 DECODABLE = {"JPEG", "PNG", "WEBP", "BMP", "GIF"}
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}")
+_LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_HOST = re.compile(rf"(?:(https?)://)?({_LABEL}(?:\.{_LABEL})*)(?::([0-9]{{1,5}}))?")
 _GUESSABLE = re.compile(r"(?:(?:change[-_]?me|default|password|secret|punchline|api|key)[-_.]?)+\d{0,4}", re.IGNORECASE)
 
 
@@ -96,6 +98,12 @@ class Settings(BaseSettings):
     max_image_aspect: float = Field(100.0, ge=1, le=200, description="Longest side over shortest side of an image.")
     image_formats: str = Field("JPEG,PNG,WEBP", description="Formats that are decoded, comma-separated.")
 
+    image_hosts: str = Field(
+        "",
+        description="Hosts whose images are fetched by address, comma-separated: img.example.com, host:8443, http://host for plain HTTP.",
+    )
+    image_fetch_timeout_s: float = Field(5.0, gt=0, le=600, description="Time for one image to come from its host.")
+
     max_batch_tokens: int = Field(8192, ge=64, le=1 << 22, description="Tokens that go to the device together.")
     max_batch_s: float | None = Field(
         None, gt=0, le=86_400, description="A batch that takes longer hangs: the process leaves; unset: 60 s on a GPU, 600 s on a CPU."
@@ -136,6 +144,11 @@ class Settings(BaseSettings):
         return tuple(name.strip().upper() for name in self.image_formats.split(",") if name.strip())
 
     @property
+    def image_origins(self) -> frozenset[str]:
+        """`https://host:port` of every host that images are fetched from. Raises ValueError for what is none."""
+        return frozenset(_origin(entry.strip()) for entry in self.image_hosts.split(",") if entry.strip())
+
+    @property
     def api_keys(self) -> tuple[str, ...]:
         text = self.api_key.get_secret_value() if self.api_key else ""
         return tuple(key.strip() for key in text.split(",") if key.strip())
@@ -144,6 +157,7 @@ class Settings(BaseSettings):
     def _consistent(self) -> Self:
         self._check_models()
         self._check_sizes()
+        self.image_origins  # noqa: B018 (raises)
         self._check_times()
         self._check_keys()
         return self
@@ -213,6 +227,14 @@ def load_settings(**flags: Any) -> Settings:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         raise SettingsInvalid("; ".join(_fault(item) for item in error.errors(include_input=False, include_url=False))) from None
+
+
+def _origin(entry: str) -> str:
+    match = _HOST.fullmatch(entry.lower())
+    if match is None or len(match[2]) > 253 or not 0 < int(match[3] or 1) < 65536:
+        raise ValueError(f"image_hosts: expected a host, or host:port, https:// or http:// before it, found {entry!r}")
+    scheme = match[1] or "https"
+    return f"{scheme}://{match[2]}:{int(match[3] or (80 if scheme == 'http' else 443))}"
 
 
 def _fault(item: Any) -> str:

@@ -8,10 +8,11 @@ import io
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpcore
 import httpx
 import numpy as np
 from fastapi import FastAPI
@@ -25,6 +26,7 @@ from app.batching import Batcher
 from app.caches import ByteBoundedCache
 from app.contracts import EncodedGroup, EncodedImage, Explanation, Group, Ids, RgbImage, Scores
 from app.errors import ApiError, ItemRejected
+from app.fetching import Fetcher, fetcher_of
 from app.images import image_limits
 from app.metrics import Metrics
 from app.monitors import RunMonitors
@@ -195,6 +197,7 @@ async def serving(
     takes_images: bool = True,
     headers: dict[str, str] | None = None,
     expected: Expected | None = None,
+    network: httpcore.AsyncNetworkBackend | None = None,
     **flags: Any,
 ) -> AsyncIterator[Served]:
     """The real service, batcher and HTTP layer over the fakes, with settings from `flags`."""
@@ -202,9 +205,12 @@ async def serving(
     admission = Admission(max_items=settings.max_queue_items, max_tokens=settings.max_queue_tokens, metrics=metrics)
     batcher = Batcher(scorer, max_batch_tokens=settings.max_batch_tokens, admission=admission, metrics=metrics)
     with ThreadPoolExecutor(2) as pool:
-        async with batcher:
+        async with batcher, AsyncExitStack() as stack:
             encoder = encoder or FakeEncoder(takes_images=takes_images)
-            service = service_of(settings, metrics, encoder, batcher, admission, pool, expected)
+            fetcher = fetcher_of(settings, metrics, network)
+            if fetcher is not None:
+                await stack.enter_async_context(fetcher)
+            service = service_of(settings, metrics, encoder, batcher, admission, pool, expected, fetcher)
             app = create_app(settings, _card(settings, metrics, state, service), metrics)
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://punchline", headers=headers) as client:
@@ -219,6 +225,7 @@ def service_of(
     admission: Admission,
     pool: ThreadPoolExecutor,
     expected: Expected | None = None,
+    fetcher: Fetcher | None = None,
 ) -> ScoringService:
     """The real service over a fake encoder."""
     return ScoringService(
@@ -233,6 +240,7 @@ def service_of(
         max_batch_tokens=settings.max_batch_tokens,
         metrics=metrics,
         monitors=RunMonitors(settings.max_runs, expected, metrics),
+        fetcher=fetcher,
     )
 
 

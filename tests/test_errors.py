@@ -9,7 +9,18 @@ from dataclasses import dataclass
 import pytest
 
 from app import errors
-from app.errors import ApiError, BodyTimeout, DeviceHung, HeadTimeout, PunchlineError, RequestError, StartRefused, Unavailable
+from app.errors import (
+    ApiError,
+    BodyTimeout,
+    DeviceHung,
+    HeadTimeout,
+    ImageFetchFailed,
+    ImageFetchTimeout,
+    PunchlineError,
+    RequestError,
+    StartRefused,
+    Unavailable,
+)
 
 ENTRY = re.compile(r"(?P<lead>[│├└─ ]*)(?P<name>[A-Z]\w+)(?:\s+(?P<status>[0-9]{3}))?")
 
@@ -104,6 +115,8 @@ STABLE = {
     "not_ready": 503,
     "deadline_exceeded": 503,
     "device_fault": 503,
+    "image_fetch_failed": 502,
+    "image_fetch_timeout": 504,
     "device_hung": 504,
     "scoring_failed": 500,
     "nonfinite_score": 500,
@@ -126,6 +139,8 @@ def test_a_status_is_its_branchs(kind: type[ApiError]) -> None:
         assert kind.retryable == (kind in {BodyTimeout, HeadTimeout})
     elif issubclass(kind, Unavailable):
         assert (kind.status, kind.retryable) == (503, True)
+    elif issubclass(kind, ImageFetchFailed):
+        assert (kind.status, kind.retryable) == (504 if kind is ImageFetchTimeout else 502, True)
     else:
         assert kind.status == (504 if kind is DeviceHung else 500)
 

@@ -87,7 +87,7 @@ def test_nothing_unknown_is_used() -> None:
         ("items", {"scored", "null", "client_error", "rejected", "failed", "cancelled"}),
         ("batches", {"ok", "split", "failed"}),
         ("tokens", {"requested", "computed", "cached"}),
-        ("stage_duration", {"decode", "encode", "queue", "forward"}),
+        ("stage_duration", {"fetch", "decode", "encode", "queue", "forward"}),
         ("requests", {"ok", "client_error", "rejected", "failed", "cancelled"}),
         ("rejected", {"overloaded", "draining", "deadline_exceeded"}),
     ],

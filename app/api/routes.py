@@ -46,13 +46,16 @@ from app.settings import Settings
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "The body cannot be read."},
     401: {"model": ErrorAnswer, "description": "A key is needed."},
+    403: {"model": ErrorAnswer, "description": "An image's address is not one that images are fetched from."},
     404: {"model": ErrorAnswer, "description": "`image_unknown`: send the image's bytes. `model_unknown`: none of this name is served."},
     412: {"model": ErrorAnswer, "description": "Another model is loaded than `expect_fingerprint`."},
     413: {"model": ErrorAnswer, "description": "Larger than a limit."},
     415: {"model": ErrorAnswer, "description": "Neither JSON nor multipart, or an image format that is not allowed."},
     422: {"model": ErrorAnswer, "description": "Not of the documented shape, or a caption or image that cannot be scored."},
     500: {"model": ErrorAnswer, "description": "The forward pass failed."},
+    502: {"model": ErrorAnswer, "description": "The host of an image that was named by its address failed."},
     503: {"model": ErrorAnswer, "description": "Overloaded, draining or too late; `Retry-After` says when to come back."},
+    504: {"model": ErrorAnswer, "description": "The device, or the host of an image, did not answer in time."},
 }
 _NOT_NOW: dict[int | str, dict[str, Any]] = {503: {"model": ErrorAnswer, "description": "Not so, or not now."}}
 _STATE_ERRORS: dict[int | str, dict[str, Any]] = {401: ERRORS[401], **_NOT_NOW}

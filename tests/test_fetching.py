@@ -1,0 +1,518 @@
+"""Images by address: which are asked for at all, over which addresses, and what becomes of every answer a host can give."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpcore
+import pytest
+
+from app.errors import ImageFetchFailed, TooManyItems, UrlNotAllowed
+from app.fetching import Fetcher, PublicNetwork, fetcher_of, is_address, is_own, is_public
+from app.images import image_id
+from app.metrics import Metrics
+from app.settings import Settings, load_settings
+from tests.fakes import Served, picture, sample, serving, until
+
+pytestmark = pytest.mark.anyio
+
+PUBLIC, OTHER, PRIVATE = "93.184.216.34", "93.184.216.35", "10.0.0.7"
+HOST = "images.test"
+PICTURE, ANOTHER = picture(64, 48, 1), picture(48, 64, 2)
+Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+def whole(data: bytes, *headers: str, status: str = "200 OK") -> bytes:
+    head = [f"HTTP/1.1 {status}", f"Content-Length: {len(data)}", *headers]
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + data
+
+
+@dataclass(slots=True)
+class Host:
+    """A server on loopback that answers every request with `answer`, bytes or a way of writing them."""
+
+    answer: bytes | Answer
+    port: int = 0
+    heads: list[bytes] = field(default_factory=list)
+    num_connections: int = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.num_connections += 1
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                self.heads.append(head)
+                if isinstance(self.answer, bytes):
+                    writer.write(self.answer)
+                    await writer.drain()
+                else:
+                    await self.answer(reader, writer)
+                    break
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def hosting(answer: bytes | Answer = b"") -> AsyncIterator[Host]:
+    host = Host(answer)
+    server = await asyncio.start_server(host.serve, "127.0.0.1", 0)
+    host.port = server.sockets[0].getsockname()[1]
+    try:
+        yield host
+    finally:
+        server.close()
+
+
+class Rerouted(httpcore.AsyncNetworkBackend):
+    """A small internet: public addresses lead to ports of this machine, any other nowhere."""
+
+    def __init__(self, ports: dict[str, int]) -> None:
+        self._ports = ports
+        self._inner = httpcore.AnyIOBackend()
+        self.asked: list[tuple[str, int]] = []
+
+    async def connect_tcp(self, host: str, port: int, *rest: Any, **named: Any) -> httpcore.AsyncNetworkStream:
+        self.asked.append((host, port))
+        if host not in self._ports:
+            raise httpcore.ConnectError("no way there")
+        return await self._inner.connect_tcp("127.0.0.1", self._ports[host])
+
+    async def sleep(self, seconds: float) -> None:
+        await self._inner.sleep(seconds)
+
+
+def names(*answers: Sequence[str]) -> Callable[[str, int], Awaitable[Sequence[str]]]:
+    """A resolver that gives these answers one after the other, then the last."""
+    left = list(answers)
+
+    async def find(host: str, port: int) -> Sequence[str]:
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    return find
+
+
+def internet(host: Host, *answers: Sequence[str]) -> PublicNetwork:
+    return PublicNetwork(Rerouted({PUBLIC: host.port}), names(*(answers or ([PUBLIC],))))
+
+
+@asynccontextmanager
+async def asking(answer: bytes | Answer, **flags: Any) -> AsyncIterator[tuple[Served, Host]]:
+    """A server that fetches from a host of that answer."""
+    flags = {"image_hosts": f"http://{HOST}", "canary_s": 0, **flags}
+    async with hosting(answer) as host, serving(network=internet(host), **flags) as served:
+        yield served, host
+
+
+def body(address: str, **more: Any) -> dict[str, Any]:
+    return {"image": address, "captions": ["a", "b"], **more}
+
+
+AT = f"http://{HOST}/a.png"
+
+
+async def test_an_image_by_address_scores_as_its_bytes() -> None:
+    async with asking(whole(PICTURE)) as (served, host):
+        by_address = await served.client.post("/score", json=body(AT))
+        by_bytes = await served.client.post("/score", json=body(base64.b64encode(PICTURE).decode()))
+    assert by_address.status_code == by_bytes.status_code == 200
+    assert by_address.json()["scores"] == by_bytes.json()["scores"]
+    assert by_address.json()["image_id"] == image_id(PICTURE)
+    assert b"GET /a.png HTTP/1.1" in host.heads[0]
+    assert b"host: images.test" in host.heads[0].lower()
+    assert b"accept-encoding: identity" in host.heads[0].lower()
+    assert served.metric("reward_image_fetches_total", outcome="ok") == 1
+    assert "fetch" in by_address.headers["server-timing"]
+
+
+async def test_one_address_in_many_groups_is_asked_once() -> None:
+    async with asking(whole(PICTURE)) as (served, host):
+        groups = [body(AT) for _ in range(8)]
+        answer = await served.client.post("/score", json={"groups": groups})
+    assert answer.status_code == 200
+    assert len(host.heads) == 1
+
+
+async def test_the_same_address_with_other_content_is_another_image() -> None:
+    async with asking(whole(PICTURE)) as (served, host):
+        first = (await served.client.post("/score", json=body(AT))).json()
+        host.answer = whole(ANOTHER)
+        second = (await served.client.post("/score", json=body(AT))).json()
+    assert (first["image_id"], second["image_id"]) == (image_id(PICTURE), image_id(ANOTHER))
+    assert first["scores"] != second["scores"]
+
+
+async def test_without_hosts_nothing_is_fetched() -> None:
+    async with asking(whole(PICTURE), image_hosts="") as (served, host):
+        answer = await served.client.post("/score", json=body(AT))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "url_not_allowed")
+    assert host.num_connections == 0
+
+
+ELSEWHERE = [
+    "http://127.0.0.1:{port}/a", "http://127.1:{port}/a", "http://2130706433:{port}/a", "http://0x7f.1:{port}/a", "http://[::1]:{port}/a",
+    "http://[::ffff:127.0.0.1]:{port}/a", "http://[::ffff:169.254.169.254]/a", "http://169.254.169.254/latest", "http://100.64.0.1/a",
+    "http://10.0.0.1/a", "http://localhost:{port}/a", "http://localhost.:{port}/a", "http://user@127.0.0.1:{port}/a",
+    "http://127.0.0.1:{port}\\@images.test/a", "http://images.test@127.0.0.1:{port}/a", "http://images.test:80@127.0.0.1:{port}/a",
+    "http://images.test.evil.test/a", "http://evil-images.test/a", "http://images.test./a", "http://images.test:{port}/a",
+    "https://images.test/a", "http://images.test#@127.0.0.1:{port}/", "http://images.test\\.evil.test/", "http://images.test /a", "http:///a",
+    "http://", "http://images.test/a\r\nX: y", "http://images.test/\u00e9", "http://im\u00e5ges.test/a", "HTTP://LOCALHOST:{port}/a",
+    "http://images.test:000000080/a", "http://images.test:99999/a", "http://images.test/" + "a" * 3000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ELSEWHERE)
+async def test_an_address_that_is_not_plainly_an_allowed_one_connects_nowhere(address: str) -> None:
+    async with hosting(whole(PICTURE)) as canary:
+        async with serving(network=internet(canary), image_hosts=f"http://{HOST}") as served:
+            answer = await served.client.post("/score", json=body(address.replace("{port}", str(canary.port))))
+        expected = 200 if address == "http://images.test#@127.0.0.1:{port}/" else 403  # what stands behind # is never sent
+        assert answer.status_code == expected, answer.text
+        assert canary.num_connections == (expected == 200)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "code"), [("file", "url_scheme_not_allowed"), ("ftp", "url_scheme_not_allowed"), ("gopher", "url_scheme_not_allowed"),
+                         ("javascript", "url_scheme_not_allowed"), ("data", "bad_base64")],
+)  # fmt: skip
+async def test_other_schemes_are_refused(scheme: str, code: str) -> None:
+    async with asking(whole(PICTURE)) as (served, host):
+        answer = await served.client.post("/score", json=body(f"{scheme}:///etc/passwd"))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, code)
+    assert host.num_connections == 0
+
+
+NOT_PUBLIC = [
+    "127.0.0.1", "127.9.9.9", "0.0.0.0", "10.0.0.7", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
+    "192.0.2.1", "198.18.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1",
+    "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::ffff:169.254.169.254", "64:ff9b::a00:1", "64:ff9b:1::1",
+    "2002:a00:1::", "2001::1", "2001:db8::1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", NOT_PUBLIC)
+async def test_a_host_that_stands_for_an_inner_address_is_not_connected_to(address: str) -> None:
+    assert not is_public(address)
+    async with hosting(whole(PICTURE)) as canary:
+        reached = Rerouted({address: canary.port, PUBLIC: canary.port})
+        for answer in ([address], [PUBLIC, address], [address, PUBLIC]):
+            network = PublicNetwork(reached, names(answer))
+            with pytest.raises(UrlNotAllowed, match="public internet"):
+                await network.connect_tcp(HOST, 80)
+        assert reached.asked == []
+
+
+def test_public_addresses_are() -> None:
+    assert is_public(PUBLIC)
+    assert is_public("2606:2800:220:1:248:1893:25c8:1946")
+    assert is_public(f"::ffff:{PUBLIC}")
+
+
+def test_an_address_of_this_machine_is_its_own_whatever_it_looks_like() -> None:
+    assert is_own("127.0.0.1")
+    assert not is_own(PUBLIC)
+
+
+async def test_names_that_the_system_resolves_to_this_machine_are_refused() -> None:
+    """The real resolver and the real network: an operator who names localhost does not get it."""
+    async with hosting(whole(PICTURE)) as canary:
+        async with serving(image_hosts=f"http://localhost:{canary.port},http://127.0.0.1:{canary.port}") as served:
+            for host in ("localhost", "127.0.0.1"):
+                answer = await served.client.post("/score", json=body(f"http://{host}:{canary.port}/a"))
+                assert (answer.status_code, answer.json()["error"]["code"]) == (403, "url_not_allowed")
+        assert canary.num_connections == 0
+
+
+async def test_a_name_that_changes_its_address_is_connected_to_the_one_that_was_checked() -> None:
+    """Public when it is looked at, private a moment later: the connection goes to the first; the next one is refused."""
+    async with hosting(whole(PICTURE, "Connection: close")) as host:
+        network = internet(host, [PUBLIC], [PRIVATE])
+        async with serving(network=network, image_hosts=f"http://{HOST}") as served:
+            first = await served.client.post("/score", json=body(AT))
+            second = await served.client.post("/score", json=body(AT))
+        assert (first.status_code, second.status_code) == (200, 403)
+        assert host.num_connections == 1
+
+
+async def test_the_next_address_of_a_host_is_tried() -> None:
+    async with hosting(whole(PICTURE)) as host:
+        network = internet(host, [OTHER, PUBLIC])
+        async with serving(network=network, image_hosts=f"http://{HOST}") as served:
+            assert (await served.client.post("/score", json=body(AT))).status_code == 200
+
+
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
+async def test_redirects_are_not_followed(status: str) -> None:
+    async with hosting(whole(PICTURE)) as canary:
+        async with asking(whole(b"", f"Location: http://127.0.0.1:{canary.port}/", status=status)) as (served, host):
+            answer = await served.client.post("/score", json=body(AT))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "url_not_allowed")
+        assert (len(host.heads), canary.num_connections) == (1, 0)
+
+
+async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    while True:
+        writer.write(b"10000\r\n" + bytes(65536) + b"\r\n")
+        await writer.drain()
+
+
+async def dripping(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(PICTURE)}\r\n\r\n".encode())
+    for place in range(len(PICTURE)):
+        writer.write(PICTURE[place : place + 1])
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
+async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await asyncio.sleep(30)
+
+
+async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(PICTURE)}\r\n\r\n".encode() + PICTURE[:50])
+    await writer.drain()
+
+
+ANSWERS: dict[str, tuple[bytes | Answer, int, str]] = {
+    "a body without end": (endless, 413, "image_too_large"),
+    "a length that is too much": (b"HTTP/1.1 200 OK\r\nContent-Length: 10000000000\r\n\r\n", 413, "image_too_large"),
+    "a byte now and then": (dripping, 504, "image_fetch_timeout"),
+    "nothing at all": (silent, 504, "image_fetch_timeout"),
+    "less than was announced": (cut, 502, "image_fetch_failed"),
+    "no HTTP": (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", 502, "image_fetch_failed"),
+    "a compressed body": (whole(PICTURE, "Content-Encoding: gzip"), 502, "image_fetch_failed"),
+    "a page": (whole(b"<!doctype html><title>Sign in</title>"), 422, "image_decode_failed"),
+    "an empty body": (whole(b""), 422, "image_decode_failed"),
+    "not found": (whole(b"no", status="404 Not Found"), 422, "image_fetch_refused"),
+    "forbidden": (whole(b"no", status="403 Forbidden"), 422, "image_fetch_refused"),
+    "a fault": (whole(b"no", status="500 Internal Server Error"), 502, "image_fetch_failed"),
+    "a part": (whole(PICTURE, status="206 Partial Content"), 502, "image_fetch_failed"),
+    "no content": (b"HTTP/1.1 204 No Content\r\n\r\n", 502, "image_fetch_failed"),
+}
+
+
+@pytest.mark.parametrize("what", ANSWERS)
+async def test_every_answer_but_an_image_is_an_error_of_its_own(what: str) -> None:
+    answer, status, code = ANSWERS[what]
+    async with asking(answer, max_image_bytes=1 << 20, image_fetch_timeout_s=0.5) as (served, _):
+        found = await served.client.post("/score", json={"groups": [body(base64.b64encode(PICTURE).decode()), body(AT)]})
+        error = found.json()["error"]
+        assert (found.status_code, error["code"], error["retryable"]) == (status, code, status >= 500)
+        assert error["field"] == "groups[1].image"
+        assert HOST not in found.text  # input is never echoed
+        assert served.metric("reward_active_items") == 0
+        assert (await served.client.post("/score", json=body(base64.b64encode(PICTURE).decode()))).status_code == 200
+
+
+async def test_a_host_without_an_address_or_a_listener_is_502() -> None:
+    async def unknown(host: str, port: int) -> Sequence[str]:
+        raise OSError("Name or service not known")
+
+    for network in (PublicNetwork(Rerouted({}), unknown), PublicNetwork(Rerouted({}), names([PUBLIC]))):
+        async with serving(network=network, image_hosts=f"http://{HOST}") as served:
+            answer = await served.client.post("/score", json=body(AT))
+            assert (answer.status_code, answer.json()["error"]["code"]) == (502, "image_fetch_failed")
+    async with serving(network=PublicNetwork(Rerouted({}), names([])), image_hosts=f"http://{HOST}") as served:
+        assert (await served.client.post("/score", json=body(AT))).status_code == 403
+
+
+async def test_a_host_that_speaks_no_tls_is_502() -> None:
+    async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(whole(PICTURE))
+        writer.close()
+
+    server = await asyncio.start_server(plain, "127.0.0.1", 0)
+    host = Host(b"", server.sockets[0].getsockname()[1])
+    async with server, serving(network=internet(host), image_hosts=HOST) as served:
+        answer = await served.client.post("/score", json=body(f"https://{HOST}/a"))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "image_fetch_failed")
+
+
+class NotingTls(httpcore.AsyncNetworkStream):
+    """A connection whose other side is asked for a certificate of this name."""
+
+    def __init__(self, told: list[str | None]) -> None:
+        self._told = told
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> httpcore.AsyncNetworkStream:
+        assert ssl_context.verify_mode == ssl.CERT_REQUIRED
+        assert ssl_context.check_hostname
+        self._told.append(server_hostname)
+        raise httpcore.ConnectError("far enough")
+
+    async def aclose(self) -> None:
+        return
+
+
+async def test_tls_asks_for_the_certificate_of_the_name_not_of_the_address() -> None:
+    told: list[str | None] = []
+
+    class Dialling(httpcore.AsyncNetworkBackend):
+        async def connect_tcp(self, host: str, port: int, *rest: Any, **named: Any) -> httpcore.AsyncNetworkStream:
+            assert (host, port) == (PUBLIC, 443)
+            return NotingTls(told)
+
+        async def connect_unix_socket(self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None) -> Any:  # noqa: ASYNC109
+            raise AssertionError
+
+    async with serving(network=PublicNetwork(Dialling(), names([PUBLIC])), image_hosts=HOST) as served:
+        await served.client.post("/score", json=body(f"https://{HOST}/a"))
+    assert told == [HOST]
+
+
+async def test_too_many_addresses_in_a_request_ask_nobody() -> None:
+    async with hosting(whole(PICTURE)) as host:
+        fetcher = fetcher_of(Settings(image_hosts=f"http://{HOST}", max_groups=2), Metrics(), internet(host))
+        assert fetcher is not None
+        async with fetcher:
+            with fetcher.holding() as held:
+                with pytest.raises(TooManyItems, match="at most 2 images"):
+                    await fetcher.fetch({f"{AT}?{number}": "" for number in range(3)}, held)
+                assert host.num_connections == 0
+                assert len(await fetcher.fetch({f"{AT}?{number}": "" for number in range(2)}, held)) == 2
+
+
+async def test_the_images_of_a_request_are_no_more_than_a_body_could_bring() -> None:
+    async with asking(whole(PICTURE + bytes(3000)), max_body_bytes=8192, max_image_bytes=8000, max_pending_body_bytes=1 << 20) as (
+        served,
+        _,
+    ):
+        answer = await served.client.post("/score", json={"groups": [body(f"{AT}?{number}") for number in range(4)]})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "image_too_large")
+
+
+async def test_where_the_images_of_others_fill_the_room_it_is_503_and_given_back() -> None:
+    may_end = asyncio.Event()
+
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(PICTURE)}\r\n\r\n".encode() + PICTURE[:-1])
+        await writer.drain()
+        await may_end.wait()
+        writer.write(PICTURE[-1:])
+        await writer.drain()
+
+    most = len(PICTURE) * 3 // 2
+    async with hosting(slow) as host:
+        metrics = Metrics()
+        settings = Settings(image_hosts=f"http://{HOST}", max_image_bytes=1024, max_body_bytes=1024, max_pending_body_bytes=1024)
+        fetcher = fetcher_of(settings, metrics, internet(host))
+        assert fetcher is not None
+        fetcher.max_bytes, fetcher.max_request_bytes, fetcher.max_held_bytes = most, most, most
+        async with fetcher:
+            first = asyncio.create_task(held_fetch(fetcher))
+            await until(lambda: fetcher.held_bytes == len(PICTURE) - 1)
+            with pytest.raises(Exception, match="fill the room"):
+                await held_fetch(fetcher)
+            assert fetcher.held_bytes == len(PICTURE) - 1
+            may_end.set()
+            assert await first == {AT: PICTURE}
+            assert fetcher.held_bytes == 0
+    assert sample(metrics, "reward_image_fetches_total", outcome="overloaded") == 1
+
+
+async def held_fetch(fetcher: Fetcher) -> dict[str, bytes]:
+    with fetcher.holding() as held:
+        return await fetcher.fetch({AT: ""}, held)
+
+
+async def test_who_leaves_takes_the_fetch_along() -> None:
+    async with hosting(silent) as host:
+        fetcher = fetcher_of(Settings(image_hosts=f"http://{HOST}"), Metrics(), internet(host))
+        assert fetcher is not None
+        async with fetcher:
+            task = asyncio.create_task(held_fetch(fetcher))
+            await until(lambda: len(host.heads) == 1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert fetcher.held_bytes == 0
+
+
+async def test_a_host_that_hangs_delays_nobody_else() -> None:
+    """More callers than connections wait for it; scores of bytes come meanwhile, and the deadline of each holds."""
+    async with asking(silent, image_fetch_timeout_s=60) as (served, _):
+        waiting = [asyncio.create_task(served.client.post("/score", json=body(f"{AT}?{number}", timeout_ms=1500))) for number in range(24)]
+        await asyncio.sleep(0.1)
+        began = time.monotonic()
+        answer = await served.client.post("/score", json=body(base64.b64encode(PICTURE).decode()))
+        assert answer.status_code == 200
+        assert not any(task.done() for task in waiting), time.monotonic() - began
+        answers = await asyncio.gather(*waiting)
+    assert {each.status_code for each in answers} == {503}
+    assert {each.json()["error"]["code"] for each in answers} == {"deadline_exceeded"}
+
+
+async def test_the_first_fault_of_several_is_the_answer_and_ends_the_others() -> None:
+    async def by_address(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(host.heads) > 1:
+            await asyncio.sleep(30)
+        writer.write(whole(b"no", status="404 Not Found"))
+        await writer.drain()
+
+    async with asking(by_address, image_fetch_timeout_s=20) as (served, host):
+        answer = await served.client.post("/score", json={"groups": [body(f"{AT}?{number}") for number in range(3)]})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "image_fetch_refused")
+
+
+async def test_a_model_without_images_fetches_none() -> None:
+    async with hosting(whole(PICTURE)) as host, serving(network=internet(host), image_hosts=f"http://{HOST}", takes_images=False) as served:
+        answer = await served.client.post("/score", json=body(AT))
+    assert answer.status_code == 422
+    assert host.num_connections == 0
+
+
+async def test_other_systems_forms_fetch_as_well() -> None:
+    async with asking(whole(PICTURE)) as (served, host):
+        message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": AT}}, {"type": "text", "text": "?"}]}
+        answer = await served.client.post("/classify", json={"messages": [message, {"role": "assistant", "content": "x"}]})
+    assert answer.status_code == 200, answer.text
+    assert len(host.heads) == 1
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        ("images.test", {"https://images.test:443"}),
+        ("Images.Test:8443, http://b", {"https://images.test:8443", "http://b:80"}),
+        ("https://a,http://a:81", {"https://a:443", "http://a:81"}),
+        ("", set()),
+        (" , ", set()),
+    ],
+)
+def test_hosts_by_name(hosts: str, expected: set[str]) -> None:
+    assert Settings(image_hosts=hosts).image_origins == expected
+
+
+@pytest.mark.parametrize(
+    "hosts",
+    ["*", "*.test", "a/b", "ftp://a", "a:0", "a:65536", "a:b", "user@a", "[::1]", "-a", "a..b", "a.", "\u00e5", "a b", "http://", "a" * 64],
+)
+def test_what_is_no_host_refuses_the_start(hosts: str) -> None:
+    with pytest.raises(Exception, match="image_hosts"):
+        load_settings(image_hosts=hosts)
+
+
+def test_what_is_meant_as_an_address() -> None:
+    assert is_address("HTTPS://x")
+    assert is_address("http://")
+    assert not is_address("httpx://x")
+    assert not is_address("sha256:" + "0" * 64)
+
+
+async def test_a_socket_path_is_nowhere() -> None:
+    with pytest.raises(UrlNotAllowed):
+        await PublicNetwork().connect_unix_socket("/run/docker.sock")
+    assert ImageFetchFailed("x").retryable
