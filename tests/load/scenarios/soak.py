@@ -19,6 +19,7 @@ _NUM_WORKERS, _HOSTILE_SHARE = 8, 0.05
 _MAX_SHORT_SLOPE = 4000.0  # MiB/h: in seconds only what is gross shows; the long version asks for an interval with 0 in it
 _MAX_UNSEEN = 16.0  # bytes a request: the least that an object of Python's takes; an interval that reaches beyond says nothing
 _THINK_S = 0.01
+_PEAK = 4  # times the workers, in the warm-up
 
 
 @dataclass(slots=True)
@@ -79,9 +80,10 @@ async def run(run: Run) -> Report:
         traffic.asker = asker
         for request in asker.uploads():
             await traffic.pool.ask(request)
-        warm = Traffic(traffic.pool, asker)  # caches fill, threads start, the allocator takes what it will keep
-        await _drive(warm, run.pick(1.5, 600.0))
+        begun = server.resident_bytes
+        await _warm_up(Traffic(traffic.pool, asker), run)
         await settled(server)
+        report.add("resident before and after the warm-up", f"{begun / 2**20:.1f} / {server.resident_bytes / 2**20:.1f} MiB")
         idle_files = server.num_files
         watching = asyncio.create_task(course.watch(server, run.pick(0.05, 5.0)))
         await _drive(traffic, seconds)
@@ -93,9 +95,17 @@ async def run(run: Run) -> Report:
     return report
 
 
-async def _drive(traffic: Traffic, seconds: float) -> None:
+async def _warm_up(traffic: Traffic, run: Run) -> None:
+    """Caches fill, threads start, and allocators take what they will keep: what a peak of several times the load needs, so that the
+    small peaks of the load itself, which come ever more seldom and without end, find it there.
+    """
+    await _drive(traffic, run.pick(0.5, 120.0), _PEAK * _NUM_WORKERS)
+    await _drive(traffic, run.pick(1.0, 180.0))
+
+
+async def _drive(traffic: Traffic, seconds: float, num_workers: int = _NUM_WORKERS) -> None:
     until = time.monotonic() + seconds
-    await asyncio.gather(*(traffic.work(worker, until) for worker in range(_NUM_WORKERS)))
+    await asyncio.gather(*(traffic.work(worker, until) for worker in range(num_workers)))
 
 
 def _judge(run: Run, report: Report, course: Course, traffic: Traffic, server: Oracle, idle_files: int) -> None:
