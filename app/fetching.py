@@ -1,22 +1,22 @@
-"""Pictures by address: from hosts the operator names, over public addresses only, each connection to the address that was checked.
+"""Images by address, from hosts the operator names, each over a connection of its own. Knows HTTP as a client does, no image.
 
-Off unless hosts are named. No redirect is followed, nothing is unpacked, no proxy, no cookie. Knows HTTP as a client does, no picture.
+Off unless hosts are named. No redirect is followed, nothing is unpacked, no proxy, no cookie, nothing kept by address.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
-import socket
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
-from types import TracebackType
-from typing import Any, Self
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-import httpcore
+import h11
 
 from app import __version__
+from app.dialling import Dialler, Origin
 from app.errors import (
     ApiError,
     ImageFetchFailed,
@@ -31,16 +31,16 @@ from app.errors import (
 from app.metrics import Metrics
 from app.settings import Settings
 
-Resolve = Callable[[str, int], Awaitable[Sequence[str]]]  # a host's addresses, as text
-
-_ADDRESS = re.compile(r"(https?)://([a-z0-9.-]{1,253})(?::([0-9]{1,5}))?([/?][!-\[\]-~]*)?", re.IGNORECASE)
-_MAX_ADDRESS = 2048  # characters
+log = logging.getLogger("punchline")
+_ADDRESS = re.compile(r"(https?)://([a-z0-9.-]{1,253})(?::([0-9]{1,5}))?([/?][!-\[\]-~]*)?", re.IGNORECASE | re.ASCII)
+_MAX_ADDRESS = 8192  # characters
 _PORTS = {"http": 80, "https": 443}
-_EMBEDDING = (IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48"), IPv6Network("2002::/16"), IPv6Network("2001::/32"))
-_MAX_TRIED = 3  # addresses of a host, one after the other
-_AT_ONCE, _OF_ONE_REQUEST = 16, 4  # connections
-_IDLE_S = 20.0
-_HEADERS = [("Accept", "image/*"), ("Accept-Encoding", "identity"), ("User-Agent", f"punchline/{__version__}")]
+_AT_ONCE, _MAX_WAITING = 8, 64  # of one host, so that one that hangs is waited for by nobody else
+_MAX_HEAD = 16384  # bytes of an answer's head
+_MAX_INTERIM = 8  # answers before the answer
+_READ_BYTES = 16384
+_MIN_CHUNK, _FREE_CHUNKS = 256, 1000  # bytes a chunk on average, beyond the first ones
+_LATER = {408, 425, 429}  # 4xx that say nothing of the address
 _ELSEWHERE = "the address is not one that images are fetched from"
 
 
@@ -49,72 +49,27 @@ def is_address(text: str) -> bool:
     return text[:8].lower().startswith(("http://", "https://"))
 
 
-def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet, and none that stands for an address within."""
-    found = ip_address(address.partition("%")[0])
-    if isinstance(found, IPv6Address):
-        if found.ipv4_mapped is not None:
-            return _is_global(found.ipv4_mapped)
-        if any(found in network for network in _EMBEDDING):
-            return False
-    return _is_global(found)
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is asked of whom."""
 
+    origin: Origin
+    path: str
 
-def _is_global(address: IPv4Address | IPv6Address) -> bool:
-    return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
-
-
-def is_own(address: str) -> bool:
-    """Whether packets to an address would never leave this machine. Sends none."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))
-            return bool(probe.getsockname()[0] == address)
-    except OSError:
-        return False  # no way there at all
-
-
-async def resolve(host: str, port: int) -> Sequence[str]:
-    """By the system's resolver. Raises OSError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(each[4][0]) for each in found))
-
-
-class PublicNetwork(httpcore.AsyncNetworkBackend):
-    """Connects to a host by an address that was looked at: what the name stands for a moment later does not matter."""
-
-    def __init__(self, inner: httpcore.AsyncNetworkBackend | None = None, find: Resolve = resolve) -> None:
-        self._inner = inner or httpcore.AnyIOBackend()
-        self._find = find
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,  # noqa: ASYNC109 (httpcore's)
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        """Raises UrlNotAllowed if the host has any address that is not public: it would be chance which one answers."""
-        addresses = await self._find(host, port)
-        if not addresses or not all(is_public(address) and not is_own(address) for address in addresses):
-            raise UrlNotAllowed("the host of this address is not on the public internet")
-        *others, last = addresses[:_MAX_TRIED]
-        for address in others:
-            with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
-                return await self._inner.connect_tcp(address, port, timeout, local_address, socket_options)
-        return await self._inner.connect_tcp(last, port, timeout, local_address, socket_options)
-
-    async def connect_unix_socket(self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None) -> Any:  # noqa: ASYNC109
-        raise UrlNotAllowed(_ELSEWHERE)
-
-    async def sleep(self, seconds: float) -> None:
-        await self._inner.sleep(seconds)
+    def head(self) -> h11.Request:
+        host, port = self.origin.host, self.origin.port
+        headers = [
+            ("Host", host if port == _PORTS[self.origin.scheme] else f"{host}:{port}"),
+            ("Accept", "image/*"),
+            ("Accept-Encoding", "identity"),
+            ("User-Agent", f"punchline/{__version__}"),
+            ("Connection", "close"),
+        ]
+        return h11.Request(method="GET", target=self.path, headers=headers)
 
 
 class Held:
-    """What the fetched pictures of one request take of the room for all of them."""
+    """What the fetched images of one request take of the room for all of them."""
 
     def __init__(self, fetcher: Fetcher) -> None:
         self._fetcher = fetcher
@@ -134,63 +89,54 @@ class Held:
         self.num_bytes = 0
 
 
-def fetcher_of(settings: Settings, metrics: Metrics, network: httpcore.AsyncNetworkBackend | None = None) -> Fetcher | None:
+def fetcher_of(settings: Settings, metrics: Metrics, dialler: Dialler | None = None) -> Fetcher | None:
     """None where no hosts are named."""
-    if not settings.image_origins:
+    origins = frozenset(Origin(*each) for each in settings.image_origins)
+    if not origins:
         return None
     return Fetcher(
-        settings.image_origins,
+        origins,
         max_bytes=settings.max_image_bytes,
         max_request_bytes=settings.max_body_bytes,
         max_held_bytes=settings.max_pending_body_bytes,
-        max_pictures=settings.max_groups,
+        max_images=settings.max_groups,
         timeout_s=settings.image_fetch_timeout_s,
         metrics=metrics,
-        network=network,
+        dialler=dialler,
     )
 
 
 class Fetcher:
-    """Gets pictures for one event loop. An async context manager, which closes its connections."""
+    """Gets images, for one event loop."""
 
     def __init__(
         self,
-        origins: frozenset[str],
+        origins: frozenset[Origin],
         *,
         max_bytes: int,
         max_request_bytes: int,
         max_held_bytes: int,
-        max_pictures: int,
+        max_images: int,
         timeout_s: float,
         metrics: Metrics,
-        network: httpcore.AsyncNetworkBackend | None = None,
+        dialler: Dialler | None = None,
     ) -> None:
-        """`origins`: `https://host:port`, lower-case. Limits are of one picture, of one request, of all requests together."""
-        self.origins = origins
+        """Limits are of one image, of one request, of all requests together; `timeout_s` is for one image, once it is its turn."""
         self.max_bytes = max_bytes
         self.max_request_bytes = max_request_bytes
         self.max_held_bytes = max_held_bytes
-        self.max_pictures = max_pictures
         self.held_bytes = 0
+        self._origins = origins
+        self._max_images = max_images
         self._timeout_s = timeout_s
         self._metrics = metrics
-        self._at_once = asyncio.Semaphore(_AT_ONCE)
-        self._pool = httpcore.AsyncConnectionPool(
-            max_connections=_AT_ONCE,
-            max_keepalive_connections=_AT_ONCE,
-            keepalive_expiry=_IDLE_S,
-            network_backend=network or PublicNetwork(),
-        )
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self._pool.aclose()
+        self._dialler = dialler or Dialler()
+        self._turns: defaultdict[Origin, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_AT_ONCE))
+        self._num_waiting: Counter[Origin] = Counter()  # and being fetched
 
     @contextmanager
     def holding(self) -> Iterator[Held]:
-        """Room for the pictures of one request, given back at the end."""
+        """Room for the images of one request, given back at the end: when nothing refers to them any more."""
         held = Held(self)
         try:
             yield held
@@ -200,78 +146,142 @@ class Fetcher:
     async def fetch(self, wanted: Mapping[str, str], held: Held) -> dict[str, bytes]:
         """The bytes behind each address of one request; `wanted` says where each stands, "groups[2]".
 
-        Raises UrlNotAllowed, TooManyItems before anything is asked; ImageTooLarge, ImageRejected (`image_fetch_refused`),
-        ImageFetchFailed, ImageFetchTimeout, Overloaded. The first error ends the others.
+        Raises UrlNotAllowed and TooManyItems before anything is asked; ImageTooLarge, ImageRejected (`image_fetch_refused`),
+        ImageFetchFailed, ImageFetchTimeout, Overloaded. The first error ends the others. No error holds on to what was fetched.
         """
+        found: dict[str, bytes | ApiError] = {}
+        targets: dict[str, Target] = {}
         for address, field in wanted.items():
-            with self._noted(field):
-                self.checked(address)
-        if len(wanted) > self.max_pictures:
-            raise TooManyItems(f"at most {self.max_pictures} images of a request are fetched", field="image")
-        turns = asyncio.Semaphore(_OF_ONE_REQUEST)
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = {address: group.create_task(self._one(address, field, held, turns)) for address, field in wanted.items()}
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        return {address: task.result() for address, task in tasks.items()}
+            try:
+                targets[address] = self.target(address)
+                if len(targets) > self._max_images:
+                    raise TooManyItems(f"at most {self._max_images} images of a request are fetched", field="image")
+            except RequestError as error:
+                found[address] = self._noted(error, field)
+                break
+        else:
+            found = await self._all(wanted, targets, held)
+        failed = [each for each in found.values() if isinstance(each, ApiError)]
+        if failed:
+            found.clear()
+            raise failed.pop(0)
+        return {address: each for address, each in found.items() if isinstance(each, bytes)}
 
-    def checked(self, address: str) -> str:
-        """The address as it is asked for. Raises UrlNotAllowed for any that is not plainly one of an allowed host."""
+    def target(self, address: str) -> Target:
+        """Raises UrlNotAllowed for any address that is not plainly one of an allowed host."""
         match = _ADDRESS.fullmatch(address.partition("#")[0]) if len(address) <= _MAX_ADDRESS else None
         if match is None:
             raise UrlNotAllowed(_ELSEWHERE)
-        scheme, host, port, target = match[1].lower(), match[2].lower(), match[3], match[4] or "/"
-        if f"{scheme}://{host}:{int(port) if port else _PORTS[scheme]}" not in self.origins:
+        scheme, path = match[1].lower(), match[4] or "/"
+        origin = Origin(scheme, match[2].lower(), int(match[3]) if match[3] else _PORTS[scheme])
+        if origin not in self._origins:
             raise UrlNotAllowed(_ELSEWHERE)
-        return f"{scheme}://{host}{f':{int(port)}' if port else ''}{target if target[0] == '/' else '/' + target}"
+        return Target(origin, path if path[0] == "/" else f"/{path}")
 
-    async def _one(self, address: str, field: str, held: Held, turns: asyncio.Semaphore) -> bytes:
-        async with turns, self._at_once:
-            with self._noted(field):
-                try:
-                    async with asyncio.timeout(self._timeout_s):
-                        data = await self._get(self.checked(address), held)
-                except (TimeoutError, httpcore.TimeoutException):
-                    raise ImageFetchTimeout(f"the image did not arrive within {self._timeout_s:g} s") from None
-                except (OSError, httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol) as error:
-                    raise ImageFetchFailed(f"the host of the image cannot be asked ({type(error).__name__})") from None
-                self._metrics.image_fetches.labels("ok").inc()
-                return data
+    async def _all(self, wanted: Mapping[str, str], targets: Mapping[str, Target], held: Held) -> dict[str, bytes | ApiError]:
+        """Until the first error; whoever still runs then, or when the caller leaves, is stopped."""
+        found: dict[str, bytes | ApiError] = {}
 
-    async def _get(self, address: str, held: Held) -> bytes:
-        limits = dict.fromkeys(("connect", "read", "write", "pool"), self._timeout_s)
-        async with self._pool.stream("GET", address, headers=_HEADERS, extensions={"timeout": limits}) as response:
-            self._check(response)
-            data = bytearray()
-            async for chunk in response.aiter_stream():
-                if len(data) + len(chunk) > self.max_bytes:
-                    raise ImageTooLarge(f"the image is larger than {self.max_bytes} bytes")
-                held.take(len(chunk))
-                data += chunk
-            return bytes(data)
+        async def one(address: str) -> None:
+            found[address] = await self._one(targets[address], wanted[address], held)
 
-    def _check(self, response: httpcore.Response) -> None:
-        """Raises for every answer but a whole one, as it is."""
-        headers = {name.lower(): value for name, value in response.headers}
-        if 300 <= response.status < 400:
-            raise UrlNotAllowed("the host of the image sends elsewhere, and redirects are not followed")
-        if 400 <= response.status < 500:
-            raise ImageRejected(f"the host of the image answered {response.status}", code="image_fetch_refused")
-        if response.status != 200:
-            raise ImageFetchFailed(f"the host of the image answered {response.status}")
-        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise ImageFetchFailed("the host of the image answered in an encoding that was not asked for")
-        if int(headers.get(b"content-length", b"0")) > self.max_bytes:
-            raise ImageTooLarge(f"the image is larger than {self.max_bytes} bytes")
+        tasks = {asyncio.create_task(one(address)) for address in wanted}
+        try:
+            left = tasks
+            while left and not any(isinstance(each, ApiError) for each in found.values()):
+                _, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return found
+
+    async def _one(self, target: Target, field: str, held: Held) -> bytes | ApiError:
+        try:
+            if self._num_waiting[target.origin] >= _MAX_WAITING:
+                raise Overloaded("too many images of this host are waited for")
+            with self._waiting(target.origin):
+                async with self._turns[target.origin]:
+                    data = await self._in_time(target, held)
+        except ApiError as error:
+            return self._noted(error, field)
+        self._metrics.image_fetches.labels("ok").inc()
+        return data
 
     @contextmanager
-    def _noted(self, field: str) -> Iterator[None]:
-        """Put the group's place before the field of an error, and count it."""
+    def _waiting(self, origin: Origin) -> Iterator[None]:
+        self._num_waiting[origin] += 1
         try:
             yield
-        except ApiError as error:
-            if isinstance(error, RequestError | ImageFetchFailed):  # a busy server is no fault of a field
-                error.field = f"{field}.{error.field}" if field else error.field
-            self._metrics.image_fetches.labels(error.code).inc()
+        finally:
+            self._num_waiting[origin] -= 1
+
+    async def _in_time(self, target: Target, held: Held) -> bytes:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                reader, writer = await self._dialler.open(target.origin, self._timeout_s)
+                try:
+                    return await self._ask(reader, writer, target, held)
+                finally:
+                    writer.transport.abort()
+        except ApiError:
             raise
+        except TimeoutError:
+            raise ImageFetchTimeout(f"the image did not arrive within {self._timeout_s:g} s") from None
+        except (OSError, EOFError, h11.ProtocolError) as error:
+            raise ImageFetchFailed(f"the host of the image cannot be asked ({type(error).__name__})") from None
+        except Exception as error:
+            log.exception("an image could not be fetched")
+            raise ImageFetchFailed(f"the host of the image cannot be asked ({type(error).__name__})") from None
+
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, target: Target, held: Held) -> bytes:
+        wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD)
+        writer.write((wire.send(target.head()) or b"") + (wire.send(h11.EndOfMessage()) or b""))
+        await writer.drain()
+        data, num_interim, num_chunks = bytearray(), 0, 0
+        while True:
+            event = wire.next_event()
+            if event is h11.NEED_DATA:
+                wire.receive_data(await reader.read(_READ_BYTES))
+                await asyncio.sleep(0)  # what has arrived is read without a pause
+            elif isinstance(event, h11.InformationalResponse):
+                num_interim += 1
+            elif isinstance(event, h11.Response):
+                self._check(event)
+            elif isinstance(event, h11.Data):
+                num_chunks += 1
+                self._grow(data, event.data, held)
+            elif isinstance(event, h11.EndOfMessage):
+                return bytes(data)
+            else:
+                raise ImageFetchFailed("the host of the image ended the conversation")
+            if num_interim > _MAX_INTERIM or num_chunks > _FREE_CHUNKS + len(data) // _MIN_CHUNK:
+                raise ImageFetchFailed("the host of the image answers in crumbs")
+
+    def _grow(self, data: bytearray, more: bytes, held: Held) -> None:
+        if len(data) + len(more) > self.max_bytes:
+            raise ImageTooLarge(f"the image is larger than {self.max_bytes} bytes")
+        held.take(len(more))
+        data += more
+
+    def _check(self, response: h11.Response) -> None:
+        """Raises for every answer but a whole one, as it is."""
+        status, headers = response.status_code, list(response.headers)
+        if 300 <= status < 400:
+            raise UrlNotAllowed("the host of the image sends elsewhere, and redirects are not followed")
+        if 400 <= status < 500 and status not in _LATER:
+            raise ImageRejected(f"the host of the image answered {status}", code="image_fetch_refused")
+        if status != 200:
+            raise ImageFetchFailed(f"the host of the image answered {status}")
+        if any(name == b"content-encoding" and value.lower() != b"identity" for name, value in headers):
+            raise ImageFetchFailed("the host of the image answered in an encoding that was not asked for")
+        if any(name == b"content-length" and int(value) > self.max_bytes for name, value in headers):
+            raise ImageTooLarge(f"the image is larger than {self.max_bytes} bytes")
+
+    def _noted(self, error: ApiError, field: str) -> ApiError:
+        """The error with the group's place before its field, counted, and without the frames it came through, which hold bytes."""
+        if isinstance(error, RequestError | ImageFetchFailed):  # a busy server is no fault of a field
+            error.field = f"{field}.{error.field}" if field else error.field
+        self._metrics.image_fetches.labels(error.code).inc()
+        error.__traceback__ = error.__context__ = None
+        return error

@@ -174,7 +174,6 @@ async def _assemble(settings: Settings, parts: Sequence[Parts], stack: AsyncExit
             max_batch_s=settings.max_batch_s or (_MAX_GPU_BATCH_S if device.type == "cuda" else _MAX_CPU_BATCH_S),
         )
     )
-    fetcher = fetcher_of(settings, metrics)
     common = Common(
         settings=settings,
         budgets=budgets,
@@ -184,7 +183,7 @@ async def _assemble(settings: Settings, parts: Sequence[Parts], stack: AsyncExit
         pool=stack.enter_context(ThreadPoolExecutor(settings.num_encode_threads, thread_name_prefix="encode")),
         image_store=ByteBoundedCache[bytes]("images", settings.image_store_bytes, len, metrics),
         num_models=len(parts),
-        fetcher=await stack.enter_async_context(fetcher) if fetcher else None,
+        fetcher=fetcher_of(settings, metrics),
     )
     models = {each.name: build(each, engines[each.name], scorers[each.name], Lane(batcher, each.name), common) for each in parts}
     runtime = Runtime(settings, models, budgets, find_hardware(device), batcher, metrics, admission)

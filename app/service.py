@@ -6,9 +6,9 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +28,7 @@ from app.errors import (
     TooManyTokens,
     Unavailable,
 )
-from app.fetching import Fetcher, Held, is_address
+from app.fetching import Fetcher, is_address
 from app.images import ImageLimits, decode_image, image_id, probe_image, read_image_field
 from app.lanes import Queue
 from app.metrics import CLIENT_GONE, Metrics, outcome_of
@@ -166,10 +166,13 @@ class ScoringService:
         `run_id`: the training run whose monitors see the scores.
         """
         timing = timing or Timing()
-        if holds:
-            work = self._hold(lambda left_s: self._score(requests, left_s, on_item_error, explain, timing, caller), timeout_s)
-        else:
-            work = self._score(requests, timeout_s, on_item_error, explain, timing, caller)
+
+        async def attempt(asked: Sequence[GroupRequest], left_s: float) -> list[GroupResult]:
+            if holds:
+                return await self._hold(lambda left_s: self._score(asked, left_s, on_item_error, explain, timing, caller), left_s)
+            return await self._score(asked, left_s, on_item_error, explain, timing, caller)
+
+        work = self._with_images(requests, timeout_s, timing, attempt)
         if not counted:
             return await work
         with self._receiving(sum(len(request.captions) for request in requests)):
@@ -189,29 +192,36 @@ class ScoringService:
         with self._admission.reserve(num_captions, caller) as reservation, _deadline_named():
             deadline = time.monotonic() + timeout_s
             async with asyncio.timeout(timeout_s):
-                with self._fetcher.holding() if self._fetcher else nullcontext() as held:
-                    asked = await self._fetched(requests, held, timing) if held else requests
-                    prepared = await self._prepare_all(asked, reservation, timing, explain)
+                prepared = await self._prepare_all(requests, reservation, timing, explain)
                 if on_item_error == "fail":
                     _raise_first(requests, prepared)
                 jobs = await self._run(prepared, deadline)
         _note_times(jobs, timing)
         return [_result(group, own) for group, own in zip(prepared, jobs, strict=True)]
 
-    async def _fetched(self, requests: Sequence[GroupRequest], held: Held, timing: Timing) -> Sequence[GroupRequest]:
-        """The requests with images in place of their addresses, each address asked once. Raises what Fetcher.fetch raises."""
+    async def _with_images(
+        self, requests: Sequence[GroupRequest], timeout_s: float, timing: Timing, work: Callable[..., Awaitable[list[GroupResult]]]
+    ) -> list[GroupResult]:
+        """`work(requests, seconds left)` with images in place of their addresses, which are asked once each, however often it is tried.
+
+        Before captions take of the queue, which a host that hangs must not fill. Raises what Fetcher.fetch raises, DeadlineExceeded.
+        """
         wanted: dict[str, str] = {}
         for request in requests:
             if isinstance(request.image, str) and is_address(request.image):
                 wanted.setdefault(request.image, request.field)
         if self._fetcher is None or not wanted or not self.takes_images:
-            return requests
-        with _measured(self._metrics, timing, "fetch"):
-            found = await self._fetcher.fetch(wanted, held)
-        return [
-            replace(request, image=found[request.image]) if isinstance(request.image, str) and request.image in found else request
-            for request in requests
-        ]
+            return await work(requests, timeout_s)
+        deadline = time.monotonic() + timeout_s
+        with self._fetcher.holding() as held:
+            with _deadline_named(), _measured(self._metrics, timing, "fetch"):
+                async with asyncio.timeout(timeout_s):
+                    found = await self._fetcher.fetch(wanted, held)
+            asked = [
+                replace(request, image=found[request.image]) if isinstance(request.image, str) and request.image in found else request
+                for request in requests
+            ]
+            return await work(asked, max(0.0, deadline - time.monotonic()))
 
     async def _hold(self, attempt: Callable[[float], Coroutine[Any, Any, list[GroupResult]]], timeout_s: float) -> list[GroupResult]:
         """Attempts as long as there is no room, ever more seldom, since each may decode and encode; the last refusal is raised."""

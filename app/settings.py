@@ -144,8 +144,8 @@ class Settings(BaseSettings):
         return tuple(name.strip().upper() for name in self.image_formats.split(",") if name.strip())
 
     @property
-    def image_origins(self) -> frozenset[str]:
-        """`https://host:port` of every host that images are fetched from. Raises ValueError for what is none."""
+    def image_origins(self) -> frozenset[tuple[str, str, int]]:
+        """Scheme, name and port of every host that images are fetched from. Raises ValueError for what is none."""
         return frozenset(_origin(entry.strip()) for entry in self.image_hosts.split(",") if entry.strip())
 
     @property
@@ -229,12 +229,12 @@ def load_settings(**flags: Any) -> Settings:
         raise SettingsInvalid("; ".join(_fault(item) for item in error.errors(include_input=False, include_url=False))) from None
 
 
-def _origin(entry: str) -> str:
-    match = _HOST.fullmatch(entry.lower())
+def _origin(entry: str) -> tuple[str, str, int]:
+    match = _HOST.fullmatch(entry.lower()) if entry.isascii() else None
     if match is None or len(match[2]) > 253 or not 0 < int(match[3] or 1) < 65536:
         raise ValueError(f"image_hosts: expected a host, or host:port, https:// or http:// before it, found {entry!r}")
     scheme = match[1] or "https"
-    return f"{scheme}://{match[2]}:{int(match[3] or (80 if scheme == 'http' else 443))}"
+    return scheme, match[2], int(match[3] or (80 if scheme == "http" else 443))
 
 
 def _fault(item: Any) -> str:

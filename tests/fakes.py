@@ -8,11 +8,10 @@ import io
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpcore
 import httpx
 import numpy as np
 from fastapi import FastAPI
@@ -25,6 +24,7 @@ from app.artifacts import RewardModelConfig
 from app.batching import Batcher
 from app.caches import ByteBoundedCache
 from app.contracts import EncodedGroup, EncodedImage, Explanation, Group, Ids, RgbImage, Scores
+from app.dialling import Dialler
 from app.errors import ApiError, ItemRejected
 from app.fetching import Fetcher, fetcher_of
 from app.images import image_limits
@@ -197,7 +197,7 @@ async def serving(
     takes_images: bool = True,
     headers: dict[str, str] | None = None,
     expected: Expected | None = None,
-    network: httpcore.AsyncNetworkBackend | None = None,
+    dialler: Dialler | None = None,
     **flags: Any,
 ) -> AsyncIterator[Served]:
     """The real service, batcher and HTTP layer over the fakes, with settings from `flags`."""
@@ -205,11 +205,9 @@ async def serving(
     admission = Admission(max_items=settings.max_queue_items, max_tokens=settings.max_queue_tokens, metrics=metrics)
     batcher = Batcher(scorer, max_batch_tokens=settings.max_batch_tokens, admission=admission, metrics=metrics)
     with ThreadPoolExecutor(2) as pool:
-        async with batcher, AsyncExitStack() as stack:
+        async with batcher:
             encoder = encoder or FakeEncoder(takes_images=takes_images)
-            fetcher = fetcher_of(settings, metrics, network)
-            if fetcher is not None:
-                await stack.enter_async_context(fetcher)
+            fetcher = fetcher_of(settings, metrics, dialler)
             service = service_of(settings, metrics, encoder, batcher, admission, pool, expected, fetcher)
             app = create_app(settings, _card(settings, metrics, state, service), metrics)
             transport = httpx.ASGITransport(app)

@@ -44,6 +44,7 @@ TABLE = (
     ("planning", "caches", "reuse", "budgets", "machine", "preference", "tallies", "joining", "runs", "images", "layouts", "artifacts"),
     (
         "hardware",
+        "dialling",
         "fetching",
         "framing",
         "encoding",

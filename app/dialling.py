@@ -1,0 +1,110 @@
+"""Connections to hosts on the public internet: a name is looked up once, and what is connected to is the address that was looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import Any
+
+import httpx
+
+from app.errors import UrlNotAllowed
+
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]  # a host's addresses, as text
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Connect = Callable[..., Awaitable[Streams]]  # asyncio.open_connection
+
+# Beside what `ipaddress` says, whose tables differ between versions of Python: what stands for another address or for no host of the
+# internet, and the address under which one cloud's own services answer everywhere.
+_EXCEPT = tuple(
+    map(
+        IPv6Network,
+        ("64:ff9b::/96", "64:ff9b:1::/48", "100::/64", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20", "5f00::/16", "fec0::/10"),
+    )
+)
+_EXCEPT_4 = tuple(map(IPv4Network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "240.0.0.0/4")))
+_MAX_TRIED = 3  # addresses of a host, one after the other
+_READ_BYTES = 16384  # at once, so that nobody's answer keeps the event loop for long
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who is asked: a scheme, http or https, a name in lower case, and a port."""
+
+    scheme: str
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.host}:{self.port}"
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public internet, and none that stands for an address within."""
+    found = ip_address(address.partition("%")[0])
+    if isinstance(found, IPv6Address):
+        if found.ipv4_mapped is not None:
+            return is_public(str(found.ipv4_mapped))
+        return _is_global(found) and not any(found in network for network in _EXCEPT)
+    return _is_global(found) and not any(found in network for network in _EXCEPT_4)
+
+
+def _is_global(address: IPv4Address | IPv6Address) -> bool:
+    return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
+
+
+def is_own(address: str) -> bool:
+    """Whether packets to an address would never leave this machine. Sends none."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))
+            return bool(probe.getsockname()[0] == address)
+    except OSError:
+        return False  # no way there at all
+
+
+async def resolve(host: str, port: int) -> Sequence[str]:
+    """By the system's resolver. Raises OSError."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(each[4][0]) for each in found))
+
+
+class Dialler:
+    """Opens connections."""
+
+    def __init__(self, find: Resolve = resolve, connect: Connect = asyncio.open_connection) -> None:
+        self._find = find
+        self._connect = connect
+
+    async def open(self, origin: Origin, timeout_s: float) -> Streams:
+        """A connection to one of the host's addresses, which share the time. The certificate must be the name's.
+
+        Raises UrlNotAllowed if any of them is not public, since it would be chance which one answers; OSError, TimeoutError.
+        """
+        addresses = await self._find(origin.host, origin.port)
+        if not addresses:
+            raise OSError("the name has no address")
+        if not all(is_public(address) and not is_own(address) for address in addresses):
+            raise UrlNotAllowed("the host of this address is not on the public internet")
+        security: dict[str, Any] = {"ssl": self._tls, "server_hostname": origin.host} if origin.scheme == "https" else {}
+        *others, last = addresses[:_MAX_TRIED]
+        for address in others:
+            try:
+                async with asyncio.timeout(timeout_s / (len(others) + 1)):
+                    return await self._connect(address, origin.port, limit=_READ_BYTES, **security)
+            except OSError:  # TimeoutError too
+                continue
+        return await self._connect(last, origin.port, limit=_READ_BYTES, **security)
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        """Made once: it takes tens of milliseconds."""
+        context = httpx.create_ssl_context()
+        context.set_alpn_protocols(["http/1.1"])
+        return context
