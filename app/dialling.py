@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import ssl
+import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
@@ -28,7 +32,8 @@ _EXCEPT = tuple(
     )
 )
 _EXCEPT_4 = tuple(map(IPv4Network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "240.0.0.0/4")))
-_MAX_TRIED = 3  # addresses of a host, one after the other
+_MAX_TRIED, _MAX_ADDRESSES = 3, 64  # addresses of a host: that are tried, one after the other; that it may have
+_NO_WAY = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EACCES}
 _READ_BYTES = 16384  # at once, so that nobody's answer keeps the event loop for long
 
 
@@ -65,46 +70,77 @@ def is_own(address: str) -> bool:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))
             return bool(probe.getsockname()[0] == address)
-    except OSError:
-        return False  # no way there at all
+    except OSError as error:
+        if error.errno in _NO_WAY:
+            return False
+        raise  # out of file descriptors, say: then nothing is known
 
 
-async def resolve(host: str, port: int) -> Sequence[str]:
-    """By the system's resolver. Raises OSError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(each[4][0]) for each in found))
+class Resolver:
+    """The system's. A lookup cannot be stopped, so each name has one at a time, on a thread that nobody waits for at the end."""
+
+    def __init__(self, look: Callable[..., Any] = socket.getaddrinfo) -> None:
+        self._look = look
+        self._asked: dict[tuple[str, int], asyncio.Future[list[str]]] = {}
+
+    async def __call__(self, host: str, port: int) -> Sequence[str]:
+        """Raises OSError."""
+        key, loop = (host, port), asyncio.get_running_loop()
+        if key not in self._asked:
+            self._asked[key] = loop.create_future()
+            threading.Thread(target=self._run, args=(loop, key), name="resolve", daemon=True).start()
+        return await asyncio.shield(self._asked[key])
+
+    def _run(self, loop: asyncio.AbstractEventLoop, key: tuple[str, int]) -> None:
+        outcome: list[str] | OSError
+        try:
+            found = self._look(*key, type=socket.SOCK_STREAM)
+            outcome = list(dict.fromkeys(str(each[4][0]) for each in found))
+        except (OSError, UnicodeError) as error:
+            outcome = OSError(f"the name cannot be looked up ({type(error).__name__})")
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(self._end, key, outcome)
+
+    def _end(self, key: tuple[str, int], outcome: list[str] | OSError) -> None:
+        future = self._asked.pop(key)
+        if isinstance(outcome, OSError):
+            future.set_exception(outcome)
+            future.exception()  # looked at: whoever asked may have left
+        else:
+            future.set_result(outcome)
 
 
 class Dialler:
     """Opens connections."""
 
-    def __init__(self, find: Resolve = resolve, connect: Connect = asyncio.open_connection) -> None:
-        self._find = find
+    def __init__(self, find: Resolve | None = None, connect: Connect = asyncio.open_connection) -> None:
+        self._find = find or Resolver()
         self._connect = connect
+
+    @cached_property
+    def tls(self) -> ssl.SSLContext:
+        """Made once: it takes tens of milliseconds. Raises OSError where the certificates that are named cannot be read."""
+        context = httpx.create_ssl_context()
+        context.set_alpn_protocols(["http/1.1"])
+        return context
 
     async def open(self, origin: Origin, timeout_s: float) -> Streams:
         """A connection to one of the host's addresses, which share the time. The certificate must be the name's.
 
         Raises UrlNotAllowed if any of them is not public, since it would be chance which one answers; OSError, TimeoutError.
         """
+        ends = time.monotonic() + timeout_s
         addresses = await self._find(origin.host, origin.port)
-        if not addresses:
-            raise OSError("the name has no address")
+        if not 0 < len(addresses) <= _MAX_ADDRESSES:
+            raise OSError(f"the name has {len(addresses)} addresses")
         if not all(is_public(address) and not is_own(address) for address in addresses):
             raise UrlNotAllowed("the host of this address is not on the public internet")
-        security: dict[str, Any] = {"ssl": self._tls, "server_hostname": origin.host} if origin.scheme == "https" else {}
+        security: dict[str, Any] = {"ssl": self.tls, "server_hostname": origin.host} if origin.scheme == "https" else {}
         *others, last = addresses[:_MAX_TRIED]
-        for address in others:
+        for number, address in enumerate(others):
             try:
-                async with asyncio.timeout(timeout_s / (len(others) + 1)):
+                async with asyncio.timeout((ends - time.monotonic()) / (len(others) + 1 - number)):
                     return await self._connect(address, origin.port, limit=_READ_BYTES, **security)
             except OSError:  # TimeoutError too
                 continue
         return await self._connect(last, origin.port, limit=_READ_BYTES, **security)
-
-    @cached_property
-    def _tls(self) -> ssl.SSLContext:
-        """Made once: it takes tens of milliseconds."""
-        context = httpx.create_ssl_context()
-        context.set_alpn_protocols(["http/1.1"])
-        return context

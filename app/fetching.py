@@ -25,6 +25,7 @@ from app.errors import (
     ImageTooLarge,
     Overloaded,
     RequestError,
+    SettingsInvalid,
     TooManyItems,
     UrlNotAllowed,
 )
@@ -35,11 +36,12 @@ log = logging.getLogger("punchline")
 _ADDRESS = re.compile(r"(https?)://([a-z0-9.-]{1,253})(?::([0-9]{1,5}))?([/?][!-\[\]-~]*)?", re.IGNORECASE | re.ASCII)
 _MAX_ADDRESS = 8192  # characters
 _PORTS = {"http": 80, "https": 443}
-_AT_ONCE, _MAX_WAITING = 8, 64  # of one host, so that one that hangs is waited for by nobody else
+_AT_ONCE, _MAX_WAITING = 8, 64  # images of one host, so that one that hangs is waited for by nobody else; those at once among them
 _MAX_HEAD = 16384  # bytes of an answer's head
 _MAX_INTERIM = 8  # answers before the answer
 _READ_BYTES = 16384
 _MIN_CHUNK, _FREE_CHUNKS = 256, 1000  # bytes a chunk on average, beyond the first ones
+_REDIRECTS = {301, 302, 303, 307, 308}
 _LATER = {408, 425, 429}  # 4xx that say nothing of the address
 _ELSEWHERE = "the address is not one that images are fetched from"
 
@@ -90,10 +92,16 @@ class Held:
 
 
 def fetcher_of(settings: Settings, metrics: Metrics, dialler: Dialler | None = None) -> Fetcher | None:
-    """None where no hosts are named."""
+    """None where no hosts are named. Raises SettingsInvalid."""
     origins = frozenset(Origin(*each) for each in settings.image_origins)
     if not origins:
         return None
+    dialler = dialler or Dialler()
+    if any(origin.scheme == "https" for origin in origins):
+        try:
+            dialler.tls  # noqa: B018 (made now)
+        except OSError as error:
+            raise SettingsInvalid(f"the certificates for PUNCHLINE_IMAGE_HOSTS cannot be read ({type(error).__name__})") from None
     return Fetcher(
         origins,
         max_bytes=settings.max_image_bytes,
@@ -119,7 +127,7 @@ class Fetcher:
         max_images: int,
         timeout_s: float,
         metrics: Metrics,
-        dialler: Dialler | None = None,
+        dialler: Dialler,
     ) -> None:
         """Limits are of one image, of one request, of all requests together; `timeout_s` is for one image, once it is its turn."""
         self.max_bytes = max_bytes
@@ -130,7 +138,7 @@ class Fetcher:
         self._max_images = max_images
         self._timeout_s = timeout_s
         self._metrics = metrics
-        self._dialler = dialler or Dialler()
+        self._dialler = dialler
         self._turns: defaultdict[Origin, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_AT_ONCE))
         self._num_waiting: Counter[Origin] = Counter()  # and being fetched
 
@@ -160,12 +168,21 @@ class Fetcher:
                 found[address] = self._noted(error, field)
                 break
         else:
+            self._check_room(targets)
             found = await self._all(wanted, targets, held)
         failed = [each for each in found.values() if isinstance(each, ApiError)]
         if failed:
             found.clear()
+            held.give_back()
             raise failed.pop(0)
         return {address: each for address, each in found.items() if isinstance(each, bytes)}
+
+    def _check_room(self, targets: Mapping[str, Target]) -> None:
+        """A request that comes first may ask for as much as a request may. Raises Overloaded."""
+        for origin, number in Counter(target.origin for target in targets.values()).items():
+            waiting = self._num_waiting[origin]
+            if waiting and waiting + number > max(_MAX_WAITING, self._max_images):
+                raise self._noted(Overloaded("too many images of this host are waited for"), "")
 
     def target(self, address: str) -> Target:
         """Raises UrlNotAllowed for any address that is not plainly one of an allowed host."""
@@ -186,11 +203,14 @@ class Fetcher:
             found[address] = await self._one(targets[address], wanted[address], held)
 
         tasks = {asyncio.create_task(one(address)) for address in wanted}
+        own = Counter(target.origin for target in targets.values())
+        self._num_waiting += own
         try:
             left = tasks
             while left and not any(isinstance(each, ApiError) for each in found.values()):
                 _, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._num_waiting -= own
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -198,23 +218,12 @@ class Fetcher:
 
     async def _one(self, target: Target, field: str, held: Held) -> bytes | ApiError:
         try:
-            if self._num_waiting[target.origin] >= _MAX_WAITING:
-                raise Overloaded("too many images of this host are waited for")
-            with self._waiting(target.origin):
-                async with self._turns[target.origin]:
-                    data = await self._in_time(target, held)
+            async with self._turns[target.origin]:
+                data = await self._in_time(target, held)
         except ApiError as error:
             return self._noted(error, field)
         self._metrics.image_fetches.labels("ok").inc()
         return data
-
-    @contextmanager
-    def _waiting(self, origin: Origin) -> Iterator[None]:
-        self._num_waiting[origin] += 1
-        try:
-            yield
-        finally:
-            self._num_waiting[origin] -= 1
 
     async def _in_time(self, target: Target, held: Held) -> bytes:
         try:
@@ -229,6 +238,7 @@ class Fetcher:
         except TimeoutError:
             raise ImageFetchTimeout(f"the image did not arrive within {self._timeout_s:g} s") from None
         except (OSError, EOFError, h11.ProtocolError) as error:
+            error.__traceback__ = None  # the reader keeps its error, whose frames would keep what has arrived
             raise ImageFetchFailed(f"the host of the image cannot be asked ({type(error).__name__})") from None
         except Exception as error:
             log.exception("an image could not be fetched")
@@ -267,7 +277,7 @@ class Fetcher:
     def _check(self, response: h11.Response) -> None:
         """Raises for every answer but a whole one, as it is."""
         status, headers = response.status_code, list(response.headers)
-        if 300 <= status < 400:
+        if status in _REDIRECTS:
             raise UrlNotAllowed("the host of the image sends elsewhere, and redirects are not followed")
         if 400 <= status < 500 and status not in _LATER:
             raise ImageRejected(f"the host of the image answered {status}", code="image_fetch_refused")
@@ -275,6 +285,8 @@ class Fetcher:
             raise ImageFetchFailed(f"the host of the image answered {status}")
         if any(name == b"content-encoding" and value.lower() != b"identity" for name, value in headers):
             raise ImageFetchFailed("the host of the image answered in an encoding that was not asked for")
+        if not any(name in (b"content-length", b"transfer-encoding") for name, _ in headers):
+            raise ImageFetchFailed("the host of the image does not say how long it is")
         if any(name == b"content-length" and int(value) > self.max_bytes for name, value in headers):
             raise ImageTooLarge(f"the image is larger than {self.max_bytes} bytes")
 

@@ -6,11 +6,11 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 2.0  # between two attempts of a request that waits for room
 OnItemError = Literal["fail", "null"]
+_Done = TypeVar("_Done")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +169,9 @@ class ScoringService:
         timing = timing or Timing()
 
         async def attempt(asked: Sequence[GroupRequest], left_s: float) -> list[GroupResult]:
-            if holds:
-                return await self._hold(lambda left_s: self._score(asked, left_s, on_item_error, explain, timing, caller), left_s)
             return await self._score(asked, left_s, on_item_error, explain, timing, caller)
 
-        work = self._with_images(requests, timeout_s, timing, attempt)
+        work = self._with_images(requests, timeout_s, timing, attempt, caller=caller, holds=holds)
         if not counted:
             return await work
         with self._receiving(sum(len(request.captions) for request in requests)):
@@ -200,30 +199,51 @@ class ScoringService:
         return [_result(group, own) for group, own in zip(prepared, jobs, strict=True)]
 
     async def _with_images(
-        self, requests: Sequence[GroupRequest], timeout_s: float, timing: Timing, work: Callable[..., Awaitable[list[GroupResult]]]
+        self,
+        requests: Sequence[GroupRequest],
+        timeout_s: float,
+        timing: Timing,
+        work: Callable[[Sequence[GroupRequest], float], Awaitable[list[GroupResult]]],
+        *,
+        caller: str,
+        holds: bool,
     ) -> list[GroupResult]:
         """`work(requests, seconds left)` with images in place of their addresses, which are asked once each, however often it is tried.
 
         Before captions take of the queue, which a host that hangs must not fill. Raises what Fetcher.fetch raises, DeadlineExceeded.
         """
-        wanted: dict[str, str] = {}
-        for request in requests:
-            if isinstance(request.image, str) and is_address(request.image):
-                wanted.setdefault(request.image, request.field)
-        if self._fetcher is None or not wanted or not self.takes_images:
-            return await work(requests, timeout_s)
         deadline = time.monotonic() + timeout_s
+        try_out = self._hold if holds else _once
+        wanted = self._addresses(requests)
+        if self._fetcher is None or not wanted:
+            return await try_out(lambda left_s: work(requests, left_s), timeout_s)
+        num_captions = sum(len(request.captions) for request in requests)
         with self._fetcher.holding() as held:
+
+            async def fetch(left_s: float) -> dict[str, bytes]:
+                with self._admission.reserve(num_captions, caller):
+                    pass  # what would be refused is not fetched first
+                async with asyncio.timeout(left_s):
+                    return await fetcher.fetch(wanted, held)
+
+            fetcher = self._fetcher
             with _deadline_named(), _measured(self._metrics, timing, "fetch"):
-                async with asyncio.timeout(timeout_s):
-                    found = await self._fetcher.fetch(wanted, held)
+                found = await try_out(fetch, timeout_s)
             asked = [
                 replace(request, image=found[request.image]) if isinstance(request.image, str) and request.image in found else request
                 for request in requests
             ]
-            return await work(asked, max(0.0, deadline - time.monotonic()))
+            return await try_out(lambda left_s: work(asked, left_s), max(0.0, deadline - time.monotonic()))
 
-    async def _hold(self, attempt: Callable[[float], Coroutine[Any, Any, list[GroupResult]]], timeout_s: float) -> list[GroupResult]:
+    def _addresses(self, requests: Sequence[GroupRequest]) -> dict[str, str]:
+        """Where each web address comes first; none for a model that takes no image."""
+        wanted: dict[str, str] = {}
+        for request in requests if self.takes_images else ():
+            if isinstance(request.image, str) and is_address(request.image):
+                wanted.setdefault(request.image, request.field)
+        return wanted
+
+    async def _hold(self, attempt: Callable[[float], Awaitable[_Done]], timeout_s: float) -> _Done:
         """Attempts as long as there is no room, ever more seldom, since each may decode and encode; the last refusal is raised."""
         deadline, wait_s = time.monotonic() + timeout_s, _FIRST_WAIT_S
         while True:
@@ -416,6 +436,10 @@ class ScoringService:
             metric.labels(self.model)
         for sign in ("positive", "negative"):
             metrics.score_magnitudes.labels(self.model, sign)
+
+
+async def _once(attempt: Callable[[float], Awaitable[_Done]], timeout_s: float) -> _Done:
+    return await attempt(timeout_s)
 
 
 def _status(error: BaseException) -> int:

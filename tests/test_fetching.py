@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
+import socket
+import struct
+import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from app.dialling import Dialler, Origin, is_own, is_public
+from app.dialling import Dialler, Origin, Resolver, is_own, is_public
 from app.errors import ImageFetchTimeout, ImageRejected, Overloaded, TooManyItems, UrlNotAllowed
 from app.fetching import Fetcher, fetcher_of, is_address
 from app.images import image_id
@@ -342,6 +347,9 @@ ANSWERS: dict[str, tuple[bytes | Answer, int, str]] = {
     "encoded and then not": (whole(PICTURE, "Content-Encoding: gzip", "Content-Encoding: identity"), 502, "image_fetch_failed"),
     "too many requests": (whole(b"no", status="429 Too Many Requests"), 502, "image_fetch_failed"),
     "too early": (whole(b"no", status="425 Too Early"), 502, "image_fetch_failed"),
+    "no length": (b"HTTP/1.0 200 OK\r\n\r\n" + PICTURE, 502, "image_fetch_failed"),
+    "not modified": (b"HTTP/1.1 304 Not Modified\r\n\r\n", 502, "image_fetch_failed"),
+    "several choices": (whole(b"", status="300 Multiple Choices"), 502, "image_fetch_failed"),
     "no content": (b"HTTP/1.1 204 No Content\r\n\r\n", 502, "image_fetch_failed"),
 }
 
@@ -523,18 +531,139 @@ async def test_a_host_that_hangs_delays_nobody_else() -> None:
     assert {(each.status_code, each.json()["error"]["code"]) for each in answers} == {(503, "deadline_exceeded")}
 
 
-async def test_more_than_may_wait_for_a_host_are_refused() -> None:
+async def test_more_than_may_wait_for_a_host_are_refused_whole() -> None:
+    """Those at once among them; a request that comes first may ask for all that a request may."""
     async with hosting(silent) as host:
-        fetcher = getting(host, image_fetch_timeout_s=60)
-        tasks = [asyncio.create_task(held_fetch(fetcher)) for _ in range(64)]
-        await until(lambda: len(host.heads) == 8)
-        with pytest.raises(Overloaded, match="this host"):
-            await held_fetch(fetcher)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        host.answer = whole(PICTURE)
+        fetcher = getting(host, image_fetch_timeout_s=60, max_groups=100, max_captions=100)
+        wanted = {f"{AT}?{number}": "" for number in range(100)}
+        with fetcher.holding() as held:
+            first = asyncio.create_task(fetcher.fetch(wanted, held))
+            await until(lambda: len(host.heads) == 8)
+            with pytest.raises(Overloaded, match="this host"):
+                await held_fetch(fetcher)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            host.answer = whole(PICTURE)
+            assert len(await fetcher.fetch(wanted, held)) == 100
+            assert held.num_bytes == 100 * len(PICTURE)
         assert await held_fetch(fetcher) == {AT: PICTURE}
+
+
+async def test_trainers_wait_for_a_host_that_too_many_wait_for() -> None:
+    async with hosting(silent) as host:
+        flags = {"image_hosts": f"http://{HOST}", "image_fetch_timeout_s": 60, "max_groups": 64}
+        async with serving(dialler=internet(host), **flags) as served:
+            groups = {"groups": [body(f"{AT}?{number}") for number in range(64)], "timeout_ms": 2000}
+            many = asyncio.create_task(served.client.post("/score", json=groups))
+            await until(lambda: len(host.heads) == 8)
+            refused = await served.client.post("/score", json=body(AT))
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+            held = asyncio.create_task(served.client.post("/classify", json={"messages": MESSAGES}))
+            host.answer = whole(PICTURE)
+            assert (await many).status_code == 503  # its time is up
+            assert (await held).status_code == 200
+
+
+async def test_what_a_full_queue_would_refuse_is_not_fetched_first() -> None:
+    scorer = OracleScorer()
+    async with hosting(whole(PICTURE)) as host:
+        async with serving(dialler=internet(host), scorer=scorer, image_hosts=f"http://{HOST}", max_queue_items=256) as served:
+            scorer.gate.clear()
+            try:
+                full = {"image": base64.b64encode(ANOTHER).decode(), "captions": ["x"] * 256}
+                waiting = asyncio.create_task(served.client.post("/score", json=full))
+                await until(lambda: served.metric("reward_queue_items") == 256)
+                answer = await served.client.post("/score", json=body(AT))
+            finally:
+                scorer.gate.set()
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+            assert (await waiting).status_code == 200
+        assert host.num_connections == 0
+
+
+async def test_a_name_that_nobody_can_look_up_is_waited_for_on_one_thread() -> None:
+    """A lookup cannot be stopped: eight that hang would take every thread there is, and other names with them."""
+    may_end, num_looks = threading.Event(), Counter[str]()
+
+    def look(host: str, port: int, **_: Any) -> list[Any]:
+        num_looks[host] += 1
+        if host == HOST:
+            may_end.wait(30)
+            raise OSError("no answer")
+        return [(None, None, None, None, (PUBLIC, port))]
+
+    find = Resolver(look)
+    waiting = [asyncio.create_task(find(HOST, 80)) for _ in range(40)]
+    await until(lambda: num_looks[HOST] == 1)
+    for task in waiting[1:]:
+        task.cancel()
+    assert await find("well.test", 80) == [PUBLIC]
+    may_end.set()
+    with pytest.raises(OSError, match="looked up"):
+        await waiting[0]
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert num_looks == {HOST: 1, "well.test": 1}
+    with pytest.raises(OSError, match="looked up"):
+        await find(HOST, 80)  # asked anew
+    assert num_looks[HOST] == 2
+
+
+async def test_the_time_of_a_lookup_is_taken_from_the_addresses() -> None:
+    async def slow(host: str, port: int) -> Sequence[str]:
+        await asyncio.sleep(1.2)
+        return [OTHER, PUBLIC]
+
+    async with hosting(whole(PICTURE)) as host:
+        network = Internet({OTHER: SILENT, PUBLIC: host.port})
+        dialler = Dialler(slow, network.connect)
+        async with serving(dialler=dialler, image_hosts=f"http://{HOST}", image_fetch_timeout_s=2.4) as served:
+            assert (await served.client.post("/score", json=body(AT))).status_code == 200
+
+
+async def stuck(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(PICTURE)}\r\n\r\n".encode() + PICTURE[:-1])
+    await writer.drain()
+    await reader.read()
+
+
+async def crooked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    size = len(PICTURE)
+    writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + f"{size:x}\r\n".encode() + PICTURE + b"\r\nzz\r\n")
+    await writer.drain()
+    await reader.read()
+
+
+async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(PICTURE)}\r\n\r\n".encode() + PICTURE[:-1])
+    await writer.drain()
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    await asyncio.sleep(0.05)
+    writer.transport.abort()
+
+
+@pytest.mark.parametrize("answer", [stuck, crooked, reset, cut, whole(PICTURE, status="404 Not Found")])
+async def test_no_cycle_keeps_what_came_of_an_image_that_failed(answer: bytes | Answer) -> None:
+    """Old cycles are looked at every half minute: until then the bytes would be in nobody's account."""
+    async with asking(answer) as (served, _):
+        gc.collect()
+        gc.disable()
+        try:
+            groups = [body(AT), body(base64.b64encode(PICTURE).decode())]
+            found = await served.client.post("/score", json={"groups": groups, "timeout_ms": 400})
+            assert found.status_code >= 400
+            await asyncio.sleep(0.1)
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            kept = [
+                each for each in gc.garbage for part in gc.get_referents(each) if isinstance(part, bytes | bytearray) and len(part) > 200
+            ]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+    assert len(PICTURE) > 200
+    assert kept == []
 
 
 async def test_a_request_that_waits_for_room_fetches_once() -> None:

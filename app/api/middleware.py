@@ -188,7 +188,9 @@ def exchange_of(scope: Any) -> Exchange:
 def refuse(error: ApiError, exchange: Exchange) -> Response:
     """The answer to a request that failed; its code goes into the metrics."""
     exchange.error_code = error.code
-    return error_answer(error, exchange.request_id)
+    answer = error_answer(error, exchange.request_id)
+    error.__traceback__ = error.__context__ = None  # frames that hold a request's images, in cycles that are seldom looked at
+    return answer
 
 
 def _digest(key: str) -> bytes:
