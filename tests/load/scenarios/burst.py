@@ -1,8 +1,12 @@
-"""T17: steps of a GRPO trainer. Every worker sends all its groups at once and waits at a barrier; none may be served last each time."""
+"""T17: steps of a GRPO trainer. Every worker sends all its groups at once and waits at a barrier; none may be served last each time.
+
+One process sends for all of them, one after the other, in another order each step: who comes first by chance is served first.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 
 from tests.load.arrivals import quantile
@@ -25,7 +29,7 @@ def jain(shares: list[float]) -> float:
 async def run(run: Run) -> Report:
     tally, report, seconds, num_complete = Tally(), Report(), list[float](), 0
     num_steps = 1 if run.plant else int(run.pick(4, 200))
-    waited = [0.0] * _NUM_WORKERS
+    waited, source = [0.0] * _NUM_WORKERS, random.Random(17)
     flags = ("--a-ms", "5", "--b-ms", "0.1", *run.server_plant("served-last"))
     async with oracle(*flags, core=run.core, max_queue_tokens=str(1 << 22)) as server:
         pool, asker, before = server.pool(), Asker(seed=17, num_pictures=64), await settled(server)
@@ -42,7 +46,7 @@ async def run(run: Run) -> Report:
 
         for _ in range(num_steps):
             began = time.monotonic()
-            num_complete += sum(await asyncio.gather(*(step(worker, began) for worker in range(_NUM_WORKERS))))
+            num_complete += sum(await asyncio.gather(*(step(worker, began) for worker in source.sample(range(_NUM_WORKERS), _NUM_WORKERS))))
             seconds.append(time.monotonic() - began)
         after = await settled(server)
         pool.close()
