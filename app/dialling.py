@@ -34,7 +34,7 @@ _EXCEPT = tuple(
 _EXCEPT_4 = tuple(map(IPv4Network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "240.0.0.0/4")))
 _MAX_TRIED, _MAX_ADDRESSES = 3, 64  # addresses of a host: that are tried, one after the other; that it may have
 _NO_WAY = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EACCES}
-_READ_BYTES = 16384  # at once, so that nobody's answer keeps the event loop for long
+READ_BYTES = 16384  # at once, so that nobody's answer keeps the event loop for long
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,6 @@ class Origin:
     scheme: str
     host: str
     port: int
-
-    def __str__(self) -> str:
-        return f"{self.scheme}://{self.host}:{self.port}"
 
 
 def is_public(address: str) -> bool:
@@ -140,7 +137,7 @@ class Dialler:
         for number, address in enumerate(others):
             try:
                 async with asyncio.timeout((ends - time.monotonic()) / (len(others) + 1 - number)):
-                    return await self._connect(address, origin.port, limit=_READ_BYTES, **security)
+                    return await self._connect(address, origin.port, limit=READ_BYTES, **security)
             except OSError:  # TimeoutError too
                 continue
-        return await self._connect(last, origin.port, limit=_READ_BYTES, **security)
+        return await self._connect(last, origin.port, limit=READ_BYTES, **security)

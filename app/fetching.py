@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import h11
 
 from app import __version__
-from app.dialling import Dialler, Origin
+from app.dialling import READ_BYTES, Dialler, Origin
 from app.errors import (
     ApiError,
     ImageFetchFailed,
@@ -39,7 +39,6 @@ _PORTS = {"http": 80, "https": 443}
 _AT_ONCE, _MAX_WAITING = 8, 64  # images of one host, so that one that hangs is waited for by nobody else; those at once among them
 _MAX_HEAD = 16384  # bytes of an answer's head
 _MAX_INTERIM = 8  # answers before the answer
-_READ_BYTES = 16384
 _MIN_CHUNK, _FREE_CHUNKS = 256, 1000  # bytes a chunk on average, beyond the first ones
 _REDIRECTS = {301, 302, 303, 307, 308}
 _LATER = {408, 425, 429}  # 4xx that say nothing of the address
@@ -213,7 +212,9 @@ class Fetcher:
             self._num_waiting -= own
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        if unforeseen := [each for each in outcomes if isinstance(each, Exception)]:
+            raise unforeseen[0]
         return found
 
     async def _one(self, target: Target, field: str, held: Held) -> bytes | ApiError:
@@ -252,7 +253,7 @@ class Fetcher:
         while True:
             event = wire.next_event()
             if event is h11.NEED_DATA:
-                wire.receive_data(await reader.read(_READ_BYTES))
+                wire.receive_data(await reader.read(READ_BYTES))
                 await asyncio.sleep(0)  # what has arrived is read without a pause
             elif isinstance(event, h11.InformationalResponse):
                 num_interim += 1
