@@ -34,6 +34,7 @@ from app.settings import Settings
 log = logging.getLogger("punchline.http")
 _MAX_HEADERS = 100
 _MAX_PIPELINED = 100  # requests of one connection that wait for an earlier one
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})  # the headers that say whether a body follows, and how long it is
 _VERSIONS = frozenset({"1.0", "1.1"})
 _LINGER_S, _LINGER_BYTES = 1.0, 256 << 10  # after a last answer: closed at once, what still arrives would reset it away
 _RETRY_S = 2.0  # for one connection too many
@@ -151,6 +152,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = self._in_body = False
         self._num_headers = self._head_bytes = self._silent_bytes = 0
         self._has_moved = False  # the parser made something of the bytes in hand
+        self._skips_body = self._is_retelling = False  # what a parser does that met an offer of another protocol
         self._cause: ApiError | None = None
         self._last_words: bytes | None = None
         self._is_over = False  # nothing is read any more
@@ -187,9 +189,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._has_moved = False
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._keep_http()
+            self._parse(data)
         except httptools.HttpParserError:
             error = self._cause or BadHttp("this is no HTTP/1.1 request")
             self._refuse(error, error.code)
@@ -204,38 +204,65 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._silent_bytes > self._guard.limits.max_header_bytes:
             self._refuse(self._too_large(), HeadTooLarge.code)
 
-    def _keep_http(self) -> None:
-        """An upgrade was asked for, and all after it is of another protocol: the request is answered, and that is the end."""
-        self._is_over = True
-        self.cycle.keep_alive = False
+    def _parse(self, data: bytes) -> None:
+        """An upgrade is an offer, and is left aside. A request that offers one and has a body is as any other; else it is the last."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._skips_body:
+                self._read_body_after_all()
+                self._parse(data[upgrade.args[0] :])
+            else:
+                self._is_over = True
+                self.cycle.keep_alive = False
+
+    def _read_body_after_all(self) -> None:
+        """The parser gives the body up for one of another protocol. Another parser is told how long it is, and goes on from there."""
+        self._skips_body, self._is_retelling = False, True
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        lines = b"".join(b"%b: %b\r\n" % header for header in self.headers if header[0] in _FRAMING)
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n" + lines + b"\r\n")
+        self._is_retelling = False
 
     # The parser's callbacks
 
     def on_message_begin(self) -> None:
+        if self._is_retelling:
+            return
         self._has_moved = self._in_head = True
         self._num_headers = self._head_bytes = 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
+        if self._is_retelling:
+            return
         self._take(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Trailers count as headers and are dropped: a request must not change once it has begun."""
+        if self._is_retelling:
+            return
         self._num_headers += 1
         self._take(len(name) + len(value) + len(": \r\n"))
         if self._in_head:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._is_retelling:
+            return
         self._has_moved = True
         if self.parser.get_http_version() not in _VERSIONS:
             self._fail(BadHttp("only HTTP/1.1 and HTTP/1.0 are spoken here"))
+        if self.parser.get_http_version() == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
+            self._fail(BadHttp("a request of HTTP/1.1 names one host"))
         if len(self.pipeline) >= _MAX_PIPELINED:
             self._fail(BadHttp(f"more than {_MAX_PIPELINED} requests wait on one connection"))
         super().on_headers_complete()
         self.cycle.transport = cast(asyncio.Transport, _Door(self.transport, self._close_after_answer))
         self._in_head, self._in_body = False, True
+        self._skips_body = self.parser.should_upgrade() and any(value != b"0" for name, value in self.headers if name in _FRAMING)
         self._guard.idle.pop(self, None)
         self._stop_timer()
 
@@ -244,6 +271,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._skips_body:
+            return
         self._has_moved, self._in_body = True, False
         super().on_message_complete()
 

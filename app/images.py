@@ -80,7 +80,7 @@ def read_image_field(text: str, limits: ImageLimits) -> bytes | str:
 
 def _refused_scheme(scheme: str) -> UrlNotAllowed | ImageRejected:
     if scheme in ("http", "https"):
-        return UrlNotAllowed("image URLs are not fetched; send base64, a base64 data: URL, or a sha256: id")
+        return UrlNotAllowed("no image is fetched from this address; send base64, a base64 data: URL, or a sha256: id")
     if scheme == "data":
         return ImageRejected("a data: URL must begin with data:image/<type>;base64,", code="bad_base64")
     if scheme == "sha256":

@@ -797,7 +797,7 @@ def test_an_id_is_the_digest_of_the_encoded_bytes() -> None:
 
 # ---- what a refusal says: whoever sent the picture can mend it by this alone
 
-URL_TEXT = "image URLs are not fetched; send base64, a base64 data: URL, or a sha256: id"
+URL_TEXT = "no image is fetched from this address; send base64, a base64 data: URL, or a sha256: id"
 FIELD_TEXTS = {
     BASE64[:-1]: "image is not standard base64 with padding",
     "https://example.org/a.png": URL_TEXT,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -31,6 +32,8 @@ MAX_INTEGER_DIGITS = 19  # int() of more takes quadratic time, and no field is t
 MAX_PART_HEADER_BYTES = 12 << 10  # of one line: a file name of 10 KB passes
 MAX_FORM_HEADER_BYTES = 1 << 20  # of all parts together
 MAX_OPTIONS = 32  # `;` in one header line
+_OPTION = re.compile(rb';[ \t]*([^=;"\s]+)[ \t]*=[ \t]*(?:"(?:[^"\\]|\\.)*"|[^;"]*)')  # the name of one
+_AS_IT_IS = frozenset({b"7bit", b"8bit", b"binary"})  # how a part may be encoded (RFC 7578, section 4.7)
 SLOW_START_S = 5.0  # before the least rate of a body counts
 _WINDOW_BYTES = 1 << 20
 
@@ -97,7 +100,10 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
 
 def media_type(request: Request) -> str:
     """The content type without parameters, lower case."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    given = request.headers.getlist("content-type")
+    if len(given) > 1:
+        raise UnsupportedMediaType("the request names two content types")
+    return given[0].partition(";")[0].strip().lower() if given else ""
 
 
 def parse_json(body: bytes) -> Any:
@@ -185,6 +191,9 @@ def _options(line: bytes) -> dict[bytes, bytes]:
     """The parameters of a header line. Reading one costs the most of all that a form can ask for, so their number is bounded."""
     if line.count(b";") > MAX_OPTIONS:
         raise MultipartInvalid(f"a header line has more than {MAX_OPTIONS} parameters")
+    names = [name.lower() for name in _OPTION.findall(line)]
+    if len(set(names)) < len(names):
+        raise MultipartInvalid("a header line names one parameter twice")
     options: dict[bytes, bytes] = parse_options_header(line)[1]
     return options
 
@@ -196,6 +205,8 @@ def _named(part: Part) -> Part:
     except (KeyError, UnicodeDecodeError):
         raise MultipartInvalid("a part has no name") from None
     part.is_file = b"filename" in options
+    if part.headers.get(b"content-transfer-encoding", b"binary").strip().lower() not in _AS_IT_IS:
+        raise MultipartInvalid("a part is encoded; send its bytes as they are")
     return part
 
 

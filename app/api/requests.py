@@ -48,6 +48,7 @@ _CODES = {
 
 async def read_request(request: Request, model: type[_Model], settings: Settings) -> tuple[_Model, bytes | None]:
     """The validated request, and the image bytes of a multipart file. Raises RequestError."""
+    read_params(request)
     kind = media_type(request)
     if kind not in ("application/json", "multipart/form-data"):
         raise UnsupportedMediaType("send application/json or multipart/form-data")
@@ -79,21 +80,30 @@ async def read_json(request: Request, model: type[_Body], settings: Settings, re
 
 def read_options(request: Request, others: Collection[str]) -> tuple[Options, dict[str, str]]:
     """Options given in the address, for clients that can write nothing else, and the `others` apart. Raises InvalidRequest."""
-    given = request.query_params.multi_items()
-    options: dict[str, Any] = {}
+    given = read_params(request, {*others, *Options.model_fields})
+    options = {name: _plain_value(name, value) for name, value in given.items() if name not in others}
+    return _validated(Options, options), {name: value for name, value in given.items() if name in others}
+
+
+def read_params(request: Request, known: Collection[str] = ()) -> dict[str, str]:
+    """The parameters of an address. Raises InvalidRequest for one that this route does not read, or that comes twice.
+
+    What is not read was meant all the same: a fingerprint to pin, or another model.
+    """
     params: dict[str, str] = {}
-    for name, value in given:
-        if name in options or name in params:
+    for name, value in request.query_params.multi_items():
+        if name in params:
             raise InvalidRequest("this parameter may come only once", field=_shown(name), code="duplicate_parameter")
-        if name in others:
-            params[name] = value
-        else:
-            options[name] = _plain_value(name, value)
-    return _validated(Options, options), params
+        if name not in known:
+            where = "" if known else "; options go in the body here"
+            raise InvalidRequest(f"unknown parameter of the address{where}", field=_shown(name), code="unknown_field")
+        params[name] = value
+    return params
 
 
 async def read_image(request: Request, settings: Settings) -> bytes:
     """The image of `PUT /images`: the raw body, or the part named `image`."""
+    read_params(request)
     body = await _body(request, settings)
     if media_type(request) != "multipart/form-data":
         return body

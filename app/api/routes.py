@@ -14,7 +14,7 @@ from app.api.answers import JsonAnswer
 from app.api.card import Card, ModelCard
 from app.api.leaving import unless_gone
 from app.api.middleware import exchange_of
-from app.api.requests import check_fingerprint, group_request, model_of, read_image, read_request, run_id_of, timeout_s
+from app.api.requests import check_fingerprint, group_request, model_of, read_image, read_params, read_request, run_id_of, timeout_s
 from app.api.schemas import (
     CAPTIONS_EXAMPLE,
     IMAGE_EXAMPLE,
@@ -153,6 +153,8 @@ class Routes:
         state: dict[str, Any] = {"responses": _NOT_NOW, "tags": ["state"]}  # of the two that need no key
         router.add_api_route("/livez", self.livez, response_model=StatusAnswer, summary="The process and its batch loop live", **state)
         router.add_api_route("/readyz", self.readyz, response_model=StatusAnswer, summary="Golden scores matched, not draining", **state)
+        for path, handler in (("/livez", self.livez), ("/readyz", self.readyz)):
+            router.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)  # as `wget --spider` asks
         state["responses"] = _STATE_ERRORS
         router.add_api_route("/info", self.info, summary="What is loaded", response_model=dict[str, Any], **state)
         failed = {500: {"model": SelfTestAnswer | ErrorAnswer, "description": "Other scores than the golden ones, or none."}}
@@ -237,6 +239,7 @@ class Routes:
 
     async def selftest(self, request: Request, model: str | None = None) -> Response:
         """Scores the artifact's golden items through the real queue and compares; of every model, unless one is named."""
+        read_params(request, {"model"})
         models = list(self._card.models) if model is None else [self._card.models.named(model)]
         reports = {each.name: await each.run_selftest() for each in models}
         shown = next((each for each in models if not reports[each.name].passed), models[0])

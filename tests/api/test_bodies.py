@@ -29,7 +29,7 @@ from app.api.bodies import (
 )
 from app.api.bodies import parse_multipart as parse_multipart_within
 from app.api.body_room import BodyRoom, HeldBody
-from app.errors import ApiError, BodyTimeout, BodyTooLarge, Overloaded, RequestError, UnsupportedMediaType
+from app.errors import ApiError, BodyTimeout, BodyTooLarge, MultipartInvalid, Overloaded, RequestError, UnsupportedMediaType
 from app.metrics import Metrics
 
 OPEN = b"--bound\r\n"
@@ -448,8 +448,39 @@ def test_a_content_type_of_many_parameters_is_refused_unread() -> None:
         parse_multipart(ONE + END, kind)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'form-data; name="caption"; name="prompt"',
+        b'form-data; name="caption"; NAME="prompt"',
+        b'form-data; name=caption;name="prompt"',
+        b'form-data; name="caption" ; name = prompt',
+        b'form-data; filename="a;b=\\"c"; name="caption"; filename="x"',
+    ],
+)
+def test_no_parameter_comes_twice(line: bytes) -> None:
+    with pytest.raises(MultipartInvalid, match="twice"):
+        parse_multipart(part(line) + END, KIND)
+    with pytest.raises(MultipartInvalid, match="twice"):
+        parse_multipart(part(b'form-data; name="a"') + END, KIND + "; boundary=other")
+
+
+def test_a_value_may_look_like_parameters() -> None:
+    (found,) = parse_multipart(part(b'form-data; filename="name=x; name=y; \\"; name=z"; name="image"') + END, KIND)
+    assert (found.name, found.is_file) == ("image", True)
+
+
+@pytest.mark.parametrize("coding", [b"base64", b"Quoted-Printable", b"x-uuencode", b""])
+def test_an_encoded_part_is_not_taken_for_its_text(coding: bytes) -> None:
+    line = b'form-data; name="caption"\r\nContent-Transfer-Encoding: '
+    with pytest.raises(MultipartInvalid, match="encoded"):
+        parse_multipart(part(line + coding, b"YSBjYXB0aW9u") + END, KIND)
+    for plain in (b"binary", b"8BIT", b"7bit "):
+        assert bytes(parse_multipart(part(line + plain, b"a caption") + END, KIND)[0].data) == b"a caption"
+
+
 def test_as_many_parameters_as_are_allowed() -> None:
-    (found,) = parse_multipart(part(b'form-data; name="a"' + b"; x=y" * (MAX_OPTIONS - 1)) + END, KIND)
+    (found,) = parse_multipart(part(b'form-data; name="a"' + b"".join(b"; x%d=y" % at for at in range(MAX_OPTIONS - 1))) + END, KIND)
     assert found.name == "a"
 
 

@@ -185,6 +185,11 @@ async def test_put_refuses_what_is_no_image(application: Served, content: bytes)
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "image_decode_failed")
 
 
+async def test_put_takes_no_parameters(application: Served) -> None:
+    error = (await application.client.put("/images", params={"model": "demo"}, content=PICTURE)).json()["error"]
+    assert (error["code"], error["field"]) == ("unknown_field", "model")
+
+
 @pytest.mark.parametrize(
     "files",
     [form(("image", "text"), image=None), form(("caption", "x")), form(("note", "x")), form(("image", "again"))],
@@ -333,7 +338,9 @@ async def test_state_routes(application: Served) -> None:
     assert (await client.get("/livez")).json() == {"status": "alive"}
     assert (await client.get("/readyz")).json() == {"status": "ready"}
     assert (await client.get("/info")).json()["model"]["fingerprint"] == FINGERPRINT
+    assert [(await client.head(path)).status_code for path in ("/livez", "/readyz")] == [200, 200]
     application.state.ready = application.state.alive = False
+    assert [(await client.head(path)).status_code for path in ("/livez", "/readyz")] == [503, 503]
     for path in ("/livez", "/readyz"):
         answer = await client.get(path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")

@@ -29,9 +29,8 @@ SEVERITIES = {"critical", "warning"}
 HIDDEN_LABELS = {"http_response_status_code"}  # its values are numbers, written nowhere in the code
 SERIES_NAME = re.compile(r"([a-zA-Z_:][\w:]*)\{(.*)\}")
 
-# What has to be watched, and by which rules. Three things are asked otherwise than an engine that hides less would be: no caption is
-# ever cut, so captions refused as too long stand for truncated ones; requests are counted where they are answered, so accounts are
-# broken when captions or bytes are held for no request at all; a device fault ends the process, so a restart is watched beside it.
+# What has to be watched, and by which rules. Two things are asked otherwise than an engine that hides less would be: no caption is
+# ever cut, so captions refused as too long stand for truncated ones; a device fault ends the process, so a restart is watched beside it.
 WATCHED = {
     "scores that are not finite": {"PunchlineNonfiniteScore"},
     "broken accounts": {"PunchlineAccountingBroken"},

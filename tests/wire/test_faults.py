@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 
 from tests.fakes import FINGERPRINT, expected_scores
-from tests.wire.client import Answer, captions, request, talk
+from tests.wire.client import Answer, captions, connect, listen, request, talk
 from tests.wire.server import Wire, eventually, num_descriptors, wire
 
 KEY = "a-key-of-sixteen-letters-and-more"
@@ -78,6 +79,10 @@ FAULTS = [
     Fault("expecting to send another type", head("Expect: 100-continue", "Content-Length: 9", target="/score", method="POST"), 415,
           "unsupported_media_type"),
     # H16: odd targets and hosts
+    Fault("no host", LIVEZ.replace(b"Host: x\r\n", b"")),
+    Fault("two hosts", LIVEZ.replace(b"Host: x", b"Host: x\r\nHost: y")),
+    Fault("two content types", request(b"{}", headers=("Content-Type: text/plain",)), 415, "unsupported_media_type", closed=False),
+    Fault("a line end behind a path", request(captions(SECRET), path="/score%0a"), 404, "not_found"),
     Fault("an absolute target", head(target="http://evil/livez"), 200, None, closed=False),
     Fault("a target without a path", head(target="http://evil")),
     Fault("an asterisk", head(target="*", method="OPTIONS"), 404, "not_found", closed=False),
@@ -91,6 +96,7 @@ FAULTS = [
     # H20: other protocols
     Fault("HTTP/0.9", b"GET /livez\r\n\r\n"),
     Fault("HTTP/1.0", head(version="HTTP/1.0"), 200, None),
+    Fault("HTTP/1.0 without a host", b"GET /livez HTTP/1.0\r\n\r\n", 200, None),
     Fault("HTTP/2 without asking", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
     Fault("HTTP/3.7", head(version="HTTP/3.7")),
     Fault("a TLS hello", bytes.fromhex("16030100fa010000f60303") + bytes(range(200))),
@@ -159,10 +165,40 @@ def test_the_largest_head_that_is_allowed_is_answered(server: Wire) -> None:
     assert talk(server.address, head(*(f"A{number}: x" for number in range(99)))).answers[0].status == 200
 
 
+OFFERS = [
+    ("Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAMAAABk"),
+    ("Upgrade: websocket", "Connection: upgrade"),
+]
+
+
+@pytest.mark.parametrize("offer", OFFERS, ids=lambda offer: offer[0])
+@pytest.mark.parametrize("step", [1, 7, 100_000])
+def test_a_request_that_offers_another_protocol_keeps_its_body_and_its_connection(server: Wire, offer: tuple[str, ...], step: int) -> None:
+    """Java's HTTP client and `curl --http2` offer one with their first request, whatever its method."""
+    body = captions("a body")
+    chunks = head(*offer, "Content-Type: application/json", "Transfer-Encoding: chunked", target="/score", method="POST")
+    sent = request(body, headers=offer) + chunks + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) + request(captions("after", "it"))
+    with connect(server.address) as connection:
+        for at in range(0, len(sent), step):
+            connection.sendall(sent[at : at + step])
+        told = listen(connection, num_answers=3)
+    expected = [expected_scores(None, texts) for texts in (["a body"], ["a body"], ["after", "it"])]
+    assert [answer.status for answer in told.answers] == [200, 200, 200]
+    assert [json.loads(answer.body)["scores"] for answer in told.answers] == expected
+
+
+def test_what_breaks_behind_an_offer_is_refused_as_elsewhere(server: Wire) -> None:
+    for sent, status in (
+        (request(captions(SECRET), headers=OFFERS[0], length=5000), 408),
+        (request(headers=OFFERS[0], length=100 * MIB), 413),
+        (CHUNKED.replace(b"Host: x", b"Host: x\r\nUpgrade: h2c\r\nConnection: Upgrade") + b"zz\r\n" + LIVEZ, 400),
+    ):
+        told = talk(server.address, sent, until_closed=True)
+        assert [answer.status for answer in told.answers] == [status], sent[:200]
+
+
 @pytest.mark.parametrize("step", [1, 7, 1000])
 def test_a_request_may_come_in_pieces(server: Wire, step: int) -> None:
-    from tests.wire.client import connect, listen
-
     with connect(server.address) as connection:
         for at in range(0, len(GOOD), step):
             connection.sendall(GOOD[at : at + step])
@@ -218,8 +254,6 @@ def test_a_trailer_does_not_change_a_request(server: Wire) -> None:
         request(GOOD, path="/score?key=" + KEY),
         GOOD.replace(b"Host: x", b"Host: a/?x="),
         GOOD.replace(b"Host: x", b"Host:"),
-        GOOD.replace(b"Host: x\r\n", b""),
-        GOOD.replace(b"Host: x", b"Host: x\r\nHost: y"),
         head("Upgrade: websocket", "Connection: Upgrade", target="/score"),
         request(length=100, headers=("Expect: 100-continue",)),
     ],
