@@ -9,7 +9,6 @@ import io
 import math
 import re
 import struct
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from app.containers import Plain, check_scans, is_jpeg, is_png, is_whole_png, plain, tag, with_filled_scans
 from app.contracts import GroupEncoder, RgbImage
 from app.errors import ImageFormatNotAllowed, ImageRejected, ImageTooLarge, SettingsInvalid, UrlNotAllowed
 from app.settings import Settings
@@ -36,10 +36,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_MAX_SCANS = 64  # of a JPEG: progressive encoders write about ten, and each is a pass over every pixel
-_MAX_PARTS = 10_000  # segments of a JPEG, chunks of a PNG or WEBP: Pillow takes one at a time, in Python
-_MAX_HEADER_BYTES = 128 << 10  # of a JPEG, without its metadata; Pillow goes through some of it byte by byte
-_MAX_TAGS = 512  # that are looked at for the one that is wanted
 _BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError, KeyError, OverflowError, TypeError)
 
 
@@ -93,8 +89,17 @@ def probe_image(data: bytes, limits: ImageLimits) -> tuple[int, int]:
     return _probe(_plain(data, limits), limits)
 
 
-def _probe(plain: _Plain, limits: ImageLimits) -> tuple[int, int]:
-    with _open(plain.data, limits) as image, _as_rejected(limits):
+def _plain(data: bytes, limits: ImageLimits) -> Plain:
+    if len(data) > limits.max_bytes:
+        raise ImageTooLarge(f"the image is larger than {limits.max_bytes} bytes")
+    found = plain(data)
+    if found.is_several:
+        raise _not_allowed(limits)
+    return found
+
+
+def _probe(encoded: Plain, limits: ImageLimits) -> tuple[int, int]:
+    with _open(encoded.data, limits) as image, _as_rejected(limits):
         width, height = image.size
         animated = getattr(image, "is_animated", False)
     if width * height > limits.max_pixels:
@@ -123,22 +128,35 @@ def decode_image(data: bytes, limits: ImageLimits, *, exif_transpose: bool, alph
     """The whole picture as RGB at its own size.
 
     Alpha is dropped (or, "white", an RGBA picture laid on white) and palettes are expanded as `Image.convert("RGB")` does, which is
-    what the training recipes did; 16-bit grey is scaled to 8 bits, not clipped. Truncated or corrupt files raise ImageRejected, never a
-    grey rest.
+    what the training recipes did; 16-bit grey is scaled to 8 bits, not clipped. Truncated or corrupt files raise ImageRejected, also
+    those whose end is closed again: never a grey rest. A progressive JPEG without its last scans is whole, and blurred.
     """
-    plain = _plain(data, limits)
-    _probe(plain, limits)
+    encoded = _plain(data, limits)
+    _probe(encoded, limits)
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES was switched on; refusing to decode")
     with _as_rejected(limits):
-        with _open(plain.data, limits) as image:
+        with _open(encoded.data, limits) as image:
             image.verify()  # PNG checksums; a no-op for other formats
-        with _open(plain.data, limits) as image:
+        with _open(encoded.data, limits) as image:
             image.load()
-            turn = _TURNS.get(_orientation(plain, image)) if exif_transpose else None
+            _check_whole(encoded.data, image, limits)
+            turn = _TURNS.get(_orientation(encoded, image)) if exif_transpose else None
             turned = image if turn is None else image.transpose(turn)
             rgb = _on_white(turned) if alpha == "white" and turned.mode == "RGBA" else _to_rgb(turned)
             return RgbImage(image_id(data), np.asarray(rgb))
+
+
+def _check_whole(data: bytes, image: Image.Image, limits: ImageLimits) -> None:
+    """Decoders fill up what is missing before a proper end, and tell nobody. Raises ImageRejected."""
+    if is_jpeg(data):
+        check_scans(data)
+        with _open(with_filled_scans(data), limits) as again:
+            is_whole = np.array_equal(np.asarray(image), np.asarray(again))
+    else:
+        is_whole = not is_png(data) or is_whole_png(data)
+    if not is_whole:
+        raise ImageRejected("the image is truncated or corrupt")
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -229,137 +247,10 @@ def _not_allowed(limits: ImageLimits) -> ImageFormatNotAllowed:
     return ImageFormatNotAllowed(f"allowed image formats: {', '.join(limits.formats)}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Plain:
-    """An encoded picture whose structure is bounded; a JPEG's metadata stands apart from it."""
-
-    data: bytes
-    exif: bytes = b""
-    xmp: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    """A JPEG's, from its marker to the end of its own data."""
-
-    code: int
-    start: int
-    end: int
-
-
-_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)
-_SCAN, _END = 0xDA, 0xD9
-_SIZED = {*range(0xC0, 0xD0), *range(0xDB, 0xF0), 0xFE} - {0xC8}  # whose data both libjpeg and Pillow skip by its length
-_INTEGERS = {3: "H", 4: "I", 8: "h", 9: "i"}  # TIFF's kinds of whole numbers
-_METADATA = {*range(0xE1, 0xF0), 0xFE} - {0xEE}  # no pixel depends on it, as on JFIF's and Adobe's segments
-
-
-def _plain(data: bytes, limits: ImageLimits) -> _Plain:
-    """Bound what a decoder may do with these bytes, from their structure alone. Raises what `decode_image` raises."""
-    if len(data) > limits.max_bytes:
-        raise ImageTooLarge(f"the image is larger than {limits.max_bytes} bytes")
-    if data.startswith(b"\xff\xd8\xff"):
-        return _plain_jpeg(data, limits)
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        _check_png(data)
-    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        deque(_check_number(_riff_chunks(data)), maxlen=0)
-    return _Plain(data)
-
-
-def _plain_jpeg(data: bytes, limits: ImageLimits) -> _Plain:
-    """A JPEG as two: what is decoded, and its metadata, which Pillow would read tag by tag when it opens the file."""
-    header = _jpeg_header(data)
-    if _is_several(data, header):
-        raise _not_allowed(limits)
-    kept, last = [], 0
-    for segment in header:
-        if segment.code in _METADATA:
-            kept.append(data[last : segment.start])
-            last = segment.end
-    kept.append(data[last : header[-1].start])
-    if sum(map(len, kept)) > _MAX_HEADER_BYTES:
-        raise _too_complex(f"{_MAX_HEADER_BYTES} bytes before its first scan")
-    plain = b"".join([*kept, data[header[-1].start :]]) if last else data
-    xmp = _bodies(data, header, 0xE1, b"http://ns.adobe.com/xap/1.0/\0")
-    return _Plain(plain, b"".join(_bodies(data, header, 0xE1, b"Exif\0\0")), xmp[-1] if xmp else b"")
-
-
-def _jpeg_header(data: bytes) -> list[_Segment]:
-    """The segments up to and with the first scan, or the end. Raises ImageRejected over the limits on segments and scans."""
-    header: list[_Segment] = []
-    num_scans = 0
-    for segment in _check_number(_jpeg_segments(data)):
-        if not num_scans:
-            header.append(segment)
-        elif segment.code == _END:
-            break
-        num_scans += segment.code == _SCAN
-        if num_scans > _MAX_SCANS:
-            raise _too_complex(f"{_MAX_SCANS} scans")
-    return header
-
-
-def _jpeg_segments(data: bytes) -> Iterator[_Segment]:
-    """As libjpeg finds them: what stands before a marker is passed over, so a scan may follow anything. The last is the end of the data."""
-    at = 2
-    while match := _MARKER.search(data, at):
-        code, start = match[1][0], match.start()
-        at = start + 2 + (int.from_bytes(data[start + 2 : start + 4]) if code in _SIZED else 0)
-        yield _Segment(code, start, at)
-    yield _Segment(_END, len(data), len(data))
-
-
-def _bodies(data: bytes, header: list[_Segment], code: int, label: bytes) -> list[bytes]:
-    found = [segment for segment in header if segment.code == code and data.startswith(label, segment.start + 4)]
-    return [data[segment.start + 4 + len(label) : segment.end] for segment in found]
-
-
-def _is_several(data: bytes, header: list[_Segment]) -> bool:
-    """Whether this is an MPO of more than one picture; a picture with a gain map is one picture, as it is to Pillow."""
-    indexes = _bodies(data, header, 0xE2, b"MPF\0")
-    gain_map = any(b' hdrgm:Version="' in body for body in _bodies(data, header, 0xE1, b""))
-    return bool(indexes) and (_tag(indexes[-1], 0xB001) or 0) > 1 and not gain_map
-
-
-def _check_png(data: bytes) -> None:
-    kinds = list(_check_number(_png_chunks(data)))
-    if kinds.count(b"iCCP") > 1:  # each is inflated as the file is opened
-        raise _too_complex("one colour profile")
-
-
-def _png_chunks(data: bytes) -> Iterator[bytes]:
-    at, kind = 8, b""
-    while kind != b"IEND" and at + 8 <= len(data):
-        size, kind = struct.unpack_from(">I4s", data, at)
-        yield kind
-        at += 12 + size
-
-
-def _riff_chunks(data: bytes) -> Iterator[bytes]:
-    at, end = 12, min(len(data), 8 + int.from_bytes(data[4:8], "little"))
-    while at + 8 <= end:
-        kind, size = struct.unpack_from("<4sI", data, at)
-        yield kind
-        at += 8 + size + size % 2
-
-
-def _check_number(parts: Iterator[_Part]) -> Iterator[_Part]:
-    """The same parts, until there are too many."""
-    for number, part in enumerate(parts):
-        if number == _MAX_PARTS:
-            raise _too_complex(f"{_MAX_PARTS} parts")
-        yield part
-
-
-def _too_complex(limit: str) -> ImageRejected:
-    return ImageRejected(f"the image has more than {limit}", code="image_too_complex")
-
-
-def _orientation(plain: _Plain, image: Image.Image) -> int:
+def _orientation(plain: Plain, image: Image.Image) -> int:
     """The EXIF turn, 1..8, found where `Image.getexif` finds it; broken metadata is no reason to refuse a picture."""
     exif = plain.exif or image.info.get("exif", b"") or _raw_profile(image.info.get("Raw profile type exif", ""))
-    turn = _tag(re.sub(rb"^(Exif\0\0){1,2}", b"", exif), ExifTags.Base.Orientation)
+    turn = tag(re.sub(rb"^(Exif\0\0){1,2}", b"", exif), ExifTags.Base.Orientation)
     if turn is not None:
         return turn
     xmp = plain.xmp or image.info.get("xmp") or image.info.get("XML:com.adobe.xmp", "").encode("utf-8", "replace")
@@ -373,23 +264,6 @@ def _raw_profile(text: str) -> bytes:
         return bytes.fromhex("".join(text.split("\n")[3:]))
     except ValueError:
         return b""
-
-
-def _tag(tiff: bytes, wanted: int) -> int | None:
-    """A whole number among the first tags of a TIFF header; None if it is not there. However many the header claims, few are read."""
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None or 42 not in tiff[2:4]:
-        return None
-    try:
-        (start,) = struct.unpack_from(order + "I", tiff, 4)
-        (count,) = struct.unpack_from(order + "H", tiff, start)
-    except struct.error:
-        return None
-    num_tags = min(count, _MAX_TAGS, (len(tiff) - start - 2) // 12)
-    for tag, kind, number, value in struct.iter_unpack(order + "HHI4s", tiff[start + 2 : start + 2 + 12 * num_tags]):
-        if tag == wanted:
-            return int(struct.unpack_from(order + _INTEGERS[kind], value)[0]) if number == 1 and kind in _INTEGERS else None
-    return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -41,7 +41,21 @@ BENCH = (
 # Lowest first. A module imports only from modules that stand before it; imports for type checking and inside functions count too.
 TABLE = (
     ("errors", "settings", "contracts", "metrics"),
-    ("planning", "caches", "reuse", "budgets", "machine", "preference", "tallies", "joining", "runs", "images", "layouts", "artifacts"),
+    (
+        "planning",
+        "caches",
+        "reuse",
+        "budgets",
+        "machine",
+        "preference",
+        "tallies",
+        "joining",
+        "runs",
+        "containers",
+        "images",
+        "layouts",
+        "artifacts",
+    ),
     (
         "hardware",
         "dialling",
