@@ -58,9 +58,11 @@ PROMISES = (
     Promise("answers to drawn requests against the schema", "T10", "failures of schemathesis", "0"),
     Promise("memory slope with 5 % hostile traffic", "T12", "memory slope", "includes 0"),
     Promise("innocents harmed by faults of the device", "T16", "innocent requests harmed", "0"),
-    Promise("numbers after a fault that stays", "T16", "sticky: wrong numbers", "0"),
+    Promise("numbers after a fault that stays", "T16", "numbers after a fault that stays", "0"),
     Promise("complete groups in a GRPO burst", "T17", "groups without scores", "0 missing"),
     Promise("fairness over workers (Jain)", "T17", "Jain's index", ">= 0.95"),
+    Promise("no score is another's through our own client", "client", "wrong items", "0"),
+    Promise("our client sends each picture once", "client", "pictures sent", "each once"),
     Promise("wrongly assembled models that became ready", "planted", "reached ready", "0"),
     Promise("wrong versions of planner, admission, caches, decoding found", "mutants", "mutants killed", ">= 90 %"),
 )
@@ -91,7 +93,7 @@ def main(
         if keep is not None:
             keep.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     show(kept)
-    raise typer.Exit(0 if all(part["passed"] for part in kept.values()) else 1)
+    raise typer.Exit(0 if holds(kept) else 1)
 
 
 def _parts() -> dict[str, Callable[[Run], Report]]:
@@ -124,14 +126,25 @@ def _planted(run: Run) -> Report:
     return report
 
 
+def holds(kept: Kept) -> bool:
+    """Whether something was measured, all of it held, and none of its promises lacks its figure."""
+    promised = (promise for promise in PROMISES if promise.part in kept)
+    return bool(kept) and all(part["passed"] for part in kept.values()) and all(_figure(promise, kept) for promise in promised)
+
+
+def _figure(promise: Promise, kept: Kept) -> dict[str, Any] | None:
+    part = kept.get(promise.part, {"figures": []})
+    return next((figure for figure in part["figures"] if figure["name"].startswith(promise.figure)), None)
+
+
 def show(kept: Kept) -> None:
     """The table, and where and when each part was measured."""
     table = Table("promise", "measured", "limit", "", "part")
     for promise in PROMISES:
-        part = kept.get(promise.part)
-        figure = next((each for each in part["figures"] if each["name"].startswith(promise.figure)), None) if part else None
-        mark = "" if figure is None else _MARKS[figure["holds"]]
-        table.add_row(promise.promise, "not run" if figure is None else figure["value"], promise.limit, mark, promise.part)
+        figure = _figure(promise, kept)
+        value = figure["value"] if figure else "no such figure" if promise.part in kept else "not run"
+        mark = _MARKS[figure["holds"]] if figure else "FAILS" if promise.part in kept else ""
+        table.add_row(promise.promise, value, promise.limit, mark, promise.part)
     Console(width=150).print(table)
     for line, names in _runs(kept).items():
         print(f"{', '.join(names)}: {line}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ON_DEVICE = ("swap-rows", "neighbour", "unrecognised", "lone-faults")
-IN_HTTP = ("slow-refusals", "served-last", "leak", "deaf", "odd-status")
+IN_HTTP = ("slow-refusals", "busy-refusals", "served-last", "leak", "deaf", "odd-status")
 IN_COUNTING = ("skip-counter",)
 IN_STOPPING = ("cut-at-signal",)
 SERVER_PLANTS = (*ON_DEVICE, *IN_HTTP, *IN_COUNTING, *IN_STOPPING)
@@ -48,6 +49,8 @@ class PlantedHttp:
         async def held(message: Message) -> None:
             if self._plant == "slow-refusals" and message.get("status") == 503:
                 await asyncio.sleep(0.06)
+            if self._plant == "busy-refusals" and message.get("status") == 503:
+                time.sleep(0.02)  # noqa: ASYNC251 - nobody else is served meanwhile: the defect
             if self._plant == "odd-status" and message.get("status") == 422:
                 message["status"] = 418
             await send(message)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -74,11 +74,11 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`plants`: each must make it fail."""
+    """`plants`: defects, and the figure that each must make fail."""
 
     name: str
     title: str
-    plants: tuple[str, ...]
+    plants: Mapping[str, str]
     run: Callable[[Run], Coroutine[Any, Any, Report]]
 
     def measure(self, run: Run) -> Report:

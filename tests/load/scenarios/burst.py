@@ -60,4 +60,6 @@ async def run(run: Run) -> Report:
     return report
 
 
-BURST = Scenario("T17", "GRPO burst: 8 workers, 32 prompts, 8 captions, a barrier each step", ("served-last",), run)
+BURST = Scenario(
+    "T17", "GRPO burst: 8 workers, 32 prompts, 8 captions, a barrier each step", {"served-last": "Jain's index over the workers"}, run
+)

@@ -90,4 +90,6 @@ async def run(run: Run) -> Report:
     return report
 
 
-DRAINING = Scenario("T4", "SIGTERM at a random moment under load", ("no-notice", "cut-at-signal"), run)
+DRAINING = Scenario(
+    "T4", "SIGTERM at a random moment under load", dict.fromkeys(("no-notice", "cut-at-signal"), "requests lost or not taken in"), run
+)

@@ -58,4 +58,9 @@ async def _twice(port: int, asker: Asker, tally: Tally, seen: Seen) -> None:
     connection.close()
 
 
-KEEPING = Scenario("T9", "keep-alive race: clients' pools against the server's patience", ("short-keep-alive",), run)
+KEEPING = Scenario(
+    "T9",
+    "keep-alive race: clients' pools against the server's patience",
+    {"short-keep-alive": "closed by the server before the client's pool would"},
+    run,
+)

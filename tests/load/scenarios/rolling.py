@@ -151,4 +151,9 @@ def _judge(run: Run, report: Report, rollout: Rollout, num_swaps: int) -> None:
         report.shown += tally.shown
 
 
-ROLLING = Scenario("T5", "rolling restart to another model, groups of 8 asked for caption by caption", ("no-pins", "false-signature"), run)
+ROLLING = Scenario(
+    "T5",
+    "rolling restart to another model, groups of 8 asked for caption by caption",
+    {"no-pins": "groups of pinning workers", "false-signature": "wrong items"},
+    run,
+)

@@ -141,4 +141,6 @@ async def _files_at_rest(server: Oracle) -> int:
     return found
 
 
-SLOW = Scenario("T8", "slow clients: heads, bodies and readers that never end, beside normal load", ("patient",), run)
+SLOW = Scenario(
+    "T8", "slow clients: heads, bodies and readers that never end, beside normal load", {"patient": "slow clients shown out"}, run
+)

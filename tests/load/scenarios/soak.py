@@ -129,4 +129,4 @@ def _judge(run: Run, report: Report, course: Course, traffic: Traffic, server: O
     report.add("temporary files left", server.num_left_files, server.num_left_files == 0)
 
 
-SOAK = Scenario("T12", "soak: mixed traffic with 5 % hostile requests", ("leak",), run)
+SOAK = Scenario("T12", "soak: mixed traffic with 5 % hostile requests", {"leak": "memory slope"}, run)
