@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from itertools import zip_longest
 from typing import Any
 
 import httpx
@@ -34,6 +35,7 @@ _EXCEPT = tuple(
 _EXCEPT_4 = tuple(map(IPv4Network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "240.0.0.0/4")))
 _MAX_TRIED, _MAX_ADDRESSES = 3, 64  # addresses of a host: that are tried, one after the other; that it may have
 _NO_WAY = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EACCES}
+_NOBODYS = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}  # bound to only where the kernel lets any address be
 READ_BYTES = 16384  # at once, so that nobody's answer keeps the event loop for long
 
 
@@ -66,34 +68,62 @@ def is_own(address: str) -> bool:
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))
-            return bool(probe.getsockname()[0] == address)
+            if probe.getsockname()[0] == address:
+                return True
+        # A second address of a network is reached from the first one; but nothing else lets a socket be bound to it.
+        return _can_bind(family, address) and not _can_bind(family, _NOBODYS[family])
     except OSError as error:
         if error.errno in _NO_WAY:
             return False
         raise  # out of file descriptors, say: then nothing is known
 
 
+def _can_bind(family: socket.AddressFamily, address: str) -> bool:
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))
+            return True
+    except OSError as error:
+        if error.errno in _NO_WAY:
+            return False
+        raise
+
+
+def _alternating(addresses: Sequence[str]) -> list[str]:
+    """The families by turns, in the order of each: where one of them leads nowhere, the other is tried."""
+    first = [address for address in addresses if (":" in address) == (":" in addresses[0])]
+    other = [address for address in addresses if address not in first]
+    return [address for pair in zip_longest(first, other) for address in pair if address is not None]
+
+
 class Resolver:
     """The system's. A lookup cannot be stopped, so each name has one at a time, on a thread that nobody waits for at the end."""
 
-    def __init__(self, look: Callable[..., Any] = socket.getaddrinfo) -> None:
+    def __init__(
+        self, look: Callable[..., Any] = socket.getaddrinfo, start: Callable[[threading.Thread], None] = threading.Thread.start
+    ) -> None:
         self._look = look
+        self._start = start
         self._asked: dict[tuple[str, int], asyncio.Future[list[str]]] = {}
 
     async def __call__(self, host: str, port: int) -> Sequence[str]:
         """Raises OSError."""
         key, loop = (host, port), asyncio.get_running_loop()
-        if key not in self._asked:
-            self._asked[key] = loop.create_future()
-            threading.Thread(target=self._run, args=(loop, key), name="resolve", daemon=True).start()
-        return await asyncio.shield(self._asked[key])
+        asked = self._asked.get(key)
+        if asked is None:
+            asked = self._asked[key] = loop.create_future()
+            try:
+                self._start(threading.Thread(target=self._run, args=(loop, key), name="resolve", daemon=True))
+            except RuntimeError as error:
+                self._end(key, OSError(f"no thread to look the name up on ({error})"))
+        return await asyncio.shield(asked)
 
     def _run(self, loop: asyncio.AbstractEventLoop, key: tuple[str, int]) -> None:
         outcome: list[str] | OSError
         try:
             found = self._look(*key, type=socket.SOCK_STREAM)
             outcome = list(dict.fromkeys(str(each[4][0]) for each in found))
-        except (OSError, UnicodeError) as error:
+        except Exception as error:  # whatever it is: who asks for this name later must not wait for this lookup
             outcome = OSError(f"the name cannot be looked up ({type(error).__name__})")
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(self._end, key, outcome)
@@ -133,7 +163,7 @@ class Dialler:
         if not all(is_public(address) and not is_own(address) for address in addresses):
             raise UrlNotAllowed("the host of this address is not on the public internet")
         security: dict[str, Any] = {"ssl": self.tls, "server_hostname": origin.host} if origin.scheme == "https" else {}
-        *others, last = addresses[:_MAX_TRIED]
+        *others, last = _alternating(addresses)[:_MAX_TRIED]
         for number, address in enumerate(others):
             try:
                 async with asyncio.timeout((ends - time.monotonic()) / (len(others) + 1 - number)):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import h11
 
 from app import __version__
+from app.admission import jittered_s
 from app.dialling import READ_BYTES, Dialler, Origin
 from app.errors import (
     ApiError,
@@ -31,14 +32,16 @@ from app.errors import (
 )
 from app.metrics import Metrics
 from app.settings import Settings
+from app.turns import Turns
 
 log = logging.getLogger("punchline")
 _ADDRESS = re.compile(r"(https?)://([a-z0-9.-]{1,253})(?::([0-9]{1,5}))?([/?][!-\[\]-~]*)?", re.IGNORECASE | re.ASCII)
 _MAX_ADDRESS = 8192  # characters
 _PORTS = {"http": 80, "https": 443}
 _AT_ONCE, _MAX_WAITING = 8, 64  # images of one host, so that one that hangs is waited for by nobody else; those at once among them
-_MAX_HEAD = 16384  # bytes of an answer's head
-_MAX_INTERIM = 8  # answers before the answer
+_RETRY_S = 2.0
+_MAX_HEAD, _HEAD_BYTES = 8192, 2048  # bytes of an answer's head; those read at once, as a head of short lines is slow to parse
+_MAX_INTERIM = 2  # answers before the answer
 _MIN_CHUNK, _FREE_CHUNKS = 256, 1000  # bytes a chunk on average, beyond the first ones
 _REDIRECTS = {301, 302, 303, 307, 308}
 _LATER = {408, 425, 429}  # 4xx that say nothing of the address
@@ -69,6 +72,10 @@ class Target:
         return h11.Request(method="GET", target=self.path, headers=headers)
 
 
+def _no_room() -> Overloaded:
+    return Overloaded("the images of other requests fill the room for them", retry_after_s=jittered_s(_RETRY_S))
+
+
 class Held:
     """What the fetched images of one request take of the room for all of them."""
 
@@ -77,13 +84,14 @@ class Held:
         self.num_bytes = 0
 
     def take(self, num_bytes: int) -> None:
-        """Raises ImageTooLarge beyond what a body could have brought, Overloaded where there is no room."""
+        """Raises ImageTooLarge beyond what a body could have brought, Overloaded where there is no room; then none is held any more."""
+        if self.num_bytes + num_bytes > self._fetcher.max_request_bytes:
+            raise ImageTooLarge(f"the images of one request are larger than {self._fetcher.max_request_bytes} bytes together")
+        if self._fetcher.held_bytes + num_bytes > self._fetcher.max_held_bytes:
+            self.give_back()
+            raise _no_room()
         self.num_bytes += num_bytes
         self._fetcher.held_bytes += num_bytes
-        if self.num_bytes > self._fetcher.max_request_bytes:
-            raise ImageTooLarge(f"the images of one request are larger than {self._fetcher.max_request_bytes} bytes together")
-        if self._fetcher.held_bytes > self._fetcher.max_held_bytes:
-            raise Overloaded("the images of other requests fill the room for them")
 
     def give_back(self) -> None:
         self._fetcher.held_bytes -= self.num_bytes
@@ -138,8 +146,8 @@ class Fetcher:
         self._timeout_s = timeout_s
         self._metrics = metrics
         self._dialler = dialler
-        self._turns: defaultdict[Origin, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_AT_ONCE))
-        self._num_waiting: Counter[Origin] = Counter()  # and being fetched
+        self._turns: defaultdict[Origin, Turns] = defaultdict(lambda: Turns(_AT_ONCE))
+        self._num_waiting: Counter[tuple[Origin, str]] = Counter()  # and being fetched, by caller
 
     @contextmanager
     def holding(self) -> Iterator[Held]:
@@ -150,7 +158,7 @@ class Fetcher:
         finally:
             held.give_back()
 
-    async def fetch(self, wanted: Mapping[str, str], held: Held) -> dict[str, bytes]:
+    async def fetch(self, wanted: Mapping[str, str], held: Held, caller: str = "") -> dict[str, bytes]:
         """The bytes behind each address of one request; `wanted` says where each stands, "groups[2]".
 
         Raises UrlNotAllowed and TooManyItems before anything is asked; ImageTooLarge, ImageRejected (`image_fetch_refused`),
@@ -167,8 +175,8 @@ class Fetcher:
                 found[address] = self._noted(error, field)
                 break
         else:
-            self._check_room(targets)
-            found = await self._all(wanted, targets, held)
+            self._check_room(targets, caller)
+            found = await self._all(wanted, targets, held, caller)
         failed = [each for each in found.values() if isinstance(each, ApiError)]
         if failed:
             found.clear()
@@ -176,12 +184,15 @@ class Fetcher:
             raise failed.pop(0)
         return {address: each for address, each in found.items() if isinstance(each, bytes)}
 
-    def _check_room(self, targets: Mapping[str, Target]) -> None:
-        """A request that comes first may ask for as much as a request may. Raises Overloaded."""
-        for origin, number in Counter(target.origin for target in targets.values()).items():
-            waiting = self._num_waiting[origin]
-            if waiting and waiting + number > max(_MAX_WAITING, self._max_images):
-                raise self._noted(Overloaded("too many images of this host are waited for"), "")
+    def _check_room(self, targets: Mapping[str, Target], caller: str) -> None:
+        """Callers share the places of a host. Who has not used up his share comes in whole, however much he asks for. Raises Overloaded."""
+        if self.held_bytes >= self.max_held_bytes:
+            raise self._noted(_no_room(), "")
+        for origin in {target.origin for target in targets.values()}:
+            callers = {name for (host, name), number in self._num_waiting.items() if host == origin and number}
+            if self._num_waiting[origin, caller] >= _MAX_WAITING / len(callers | {caller}):
+                error = Overloaded("too many images of this host are waited for", retry_after_s=jittered_s(_RETRY_S))
+                raise self._noted(error, "")
 
     def target(self, address: str) -> Target:
         """Raises UrlNotAllowed for any address that is not plainly one of an allowed host."""
@@ -194,15 +205,15 @@ class Fetcher:
             raise UrlNotAllowed(_ELSEWHERE)
         return Target(origin, path if path[0] == "/" else f"/{path}")
 
-    async def _all(self, wanted: Mapping[str, str], targets: Mapping[str, Target], held: Held) -> dict[str, bytes | ApiError]:
+    async def _all(self, wanted: Mapping[str, str], targets: Mapping[str, Target], held: Held, caller: str) -> dict[str, bytes | ApiError]:
         """Until the first error; whoever still runs then, or when the caller leaves, is stopped."""
         found: dict[str, bytes | ApiError] = {}
 
         async def one(address: str) -> None:
-            found[address] = await self._one(targets[address], wanted[address], held)
+            found[address] = await self._one(targets[address], wanted[address], held, caller)
 
         tasks = {asyncio.create_task(one(address)) for address in wanted}
-        own = Counter(target.origin for target in targets.values())
+        own = Counter((target.origin, caller) for target in targets.values())
         self._num_waiting += own
         try:
             left = tasks
@@ -217,9 +228,9 @@ class Fetcher:
             raise unforeseen[0]
         return found
 
-    async def _one(self, target: Target, field: str, held: Held) -> bytes | ApiError:
+    async def _one(self, target: Target, field: str, held: Held, caller: str) -> bytes | ApiError:
         try:
-            async with self._turns[target.origin]:
+            async with self._turns[target.origin].of(caller):
                 data = await self._in_time(target, held)
         except ApiError as error:
             return self._noted(error, field)
@@ -249,19 +260,23 @@ class Fetcher:
         wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD)
         writer.write((wire.send(target.head()) or b"") + (wire.send(h11.EndOfMessage()) or b""))
         await writer.drain()
-        data, num_interim, num_chunks = bytearray(), 0, 0
+        data, num_interim, num_chunks, announced, at_once = bytearray(), 0, 0, 0, _HEAD_BYTES
         while True:
             event = wire.next_event()
             if event is h11.NEED_DATA:
-                wire.receive_data(await reader.read(READ_BYTES))
+                wire.receive_data(await reader.read(at_once))
                 await asyncio.sleep(0)  # what has arrived is read without a pause
             elif isinstance(event, h11.InformationalResponse):
                 num_interim += 1
             elif isinstance(event, h11.Response):
-                self._check(event)
+                announced, at_once = self._check(event), READ_BYTES
+                held.take(announced)  # all of it at once: of two that do not fit together, one should come through
             elif isinstance(event, h11.Data):
                 num_chunks += 1
-                self._grow(data, event.data, held)
+                if len(data) + len(event.data) > self.max_bytes:
+                    raise ImageTooLarge(f"the image is larger than {self.max_bytes} bytes")
+                held.take(0 if announced else len(event.data))
+                data += event.data
             elif isinstance(event, h11.EndOfMessage):
                 return bytes(data)
             else:
@@ -269,14 +284,8 @@ class Fetcher:
             if num_interim > _MAX_INTERIM or num_chunks > _FREE_CHUNKS + len(data) // _MIN_CHUNK:
                 raise ImageFetchFailed("the host of the image answers in crumbs")
 
-    def _grow(self, data: bytearray, more: bytes, held: Held) -> None:
-        if len(data) + len(more) > self.max_bytes:
-            raise ImageTooLarge(f"the image is larger than {self.max_bytes} bytes")
-        held.take(len(more))
-        data += more
-
-    def _check(self, response: h11.Response) -> None:
-        """Raises for every answer but a whole one, as it is."""
+    def _check(self, response: h11.Response) -> int:
+        """How long it says it is, 0 if it comes in chunks. Raises for every answer but a whole one, as it is."""
         status, headers = response.status_code, list(response.headers)
         if status in _REDIRECTS:
             raise UrlNotAllowed("the host of the image sends elsewhere, and redirects are not followed")
@@ -288,8 +297,10 @@ class Fetcher:
             raise ImageFetchFailed("the host of the image answered in an encoding that was not asked for")
         if not any(name in (b"content-length", b"transfer-encoding") for name, _ in headers):
             raise ImageFetchFailed("the host of the image does not say how long it is")
-        if any(name == b"content-length" and int(value) > self.max_bytes for name, value in headers):
+        announced = max((int(value) for name, value in headers if name == b"content-length"), default=0)
+        if announced > self.max_bytes:
             raise ImageTooLarge(f"the image is larger than {self.max_bytes} bytes")
+        return announced
 
     def _noted(self, error: ApiError, field: str) -> ApiError:
         """The error with the group's place before its field, counted, and without the frames it came through, which hold bytes."""

@@ -208,7 +208,7 @@ class ScoringService:
         caller: str,
         holds: bool,
     ) -> list[GroupResult]:
-        """`work(requests, seconds left)` with images in place of their addresses, which are asked once each, however often it is tried.
+        """`work(requests, seconds left)` with images in place of their addresses, asked once each, however often the work is tried.
 
         Before captions take of the queue, which a host that hangs must not fill. Raises what Fetcher.fetch raises, DeadlineExceeded.
         """
@@ -224,7 +224,7 @@ class ScoringService:
                 with self._admission.reserve(num_captions, caller):
                     pass  # what would be refused is not fetched first
                 async with asyncio.timeout(left_s):
-                    return await fetcher.fetch(wanted, held)
+                    return await fetcher.fetch(wanted, held, caller)
 
             fetcher = self._fetcher
             with _deadline_named(), _measured(self._metrics, timing, "fetch"):
@@ -335,9 +335,16 @@ class ScoringService:
         self, requests: Sequence[GroupRequest], reservation: Reservation, timing: Timing, explain: bool
     ) -> list[_Prepared]:
         """On the encode threads. Waits for all before it raises the first error, so that nothing goes on behind it."""
-        loop = asyncio.get_running_loop()
-        work = [loop.run_in_executor(self._pool, self._prepare, request, reservation, timing, explain) for request in requests]
-        done = await asyncio.gather(*work, return_exceptions=True)
+        loop, waiting = asyncio.get_running_loop(), dict(enumerate(requests))
+
+        def prepare(number: int) -> _Prepared:
+            return self._prepare(waiting.pop(number), reservation, timing, explain)
+
+        try:
+            work = [loop.run_in_executor(self._pool, prepare, number) for number in range(len(requests))]
+            done = await asyncio.gather(*work, return_exceptions=True)
+        finally:
+            waiting.clear()  # what nobody waits for any more stands in the threads' queue until its turn, and must hold no pictures
         for outcome in done:
             if isinstance(outcome, BaseException):
                 raise outcome

@@ -58,6 +58,8 @@ TABLE = (
     ),
     (
         "hardware",
+        "turns",
+        "admission",
         "dialling",
         "fetching",
         "framing",
@@ -76,7 +78,6 @@ TABLE = (
         "sharing",
         "model",
         "engine",
-        "admission",
         "dispatch",
         "batching",
         "lanes",

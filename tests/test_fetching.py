@@ -251,6 +251,7 @@ def test_public_addresses_are() -> None:
 
 def test_an_address_of_this_machine_is_its_own_whatever_it_looks_like() -> None:
     assert is_own("127.0.0.1")
+    assert is_own("127.0.0.2")  # of this machine, and not the address it speaks from: as a second one of a network
     assert not is_own(PUBLIC)
 
 
@@ -450,18 +451,47 @@ async def test_where_the_images_of_others_fill_the_room_it_is_503_and_given_back
         fetcher = getting(host)
         fetcher.max_bytes = fetcher.max_request_bytes = fetcher.max_held_bytes = most
         first = asyncio.create_task(held_fetch(fetcher))
-        await until(lambda: fetcher.held_bytes == len(PICTURE) - 1)
-        with pytest.raises(Overloaded, match="fill the room"):
+        await until(lambda: fetcher.held_bytes == len(PICTURE))  # as announced, before the last byte is there
+        with pytest.raises(Overloaded, match="fill the room") as refused:
             await held_fetch(fetcher)
-        assert fetcher.held_bytes == len(PICTURE) - 1
+        assert 1 <= int(refused.value.headers["Retry-After"]) <= 3
+        assert fetcher.held_bytes == len(PICTURE)
         may_end.set()
         assert await first == {AT: PICTURE}
         assert fetcher.held_bytes == 0
 
 
-async def held_fetch(fetcher: Fetcher) -> dict[str, bytes]:
+async def test_of_requests_that_do_not_fit_together_one_comes_through() -> None:
+    """What is refused holds nothing from that moment on, and of chunks nothing is announced."""
+    chunk = f"{len(PICTURE):x}\r\n".encode() + PICTURE + b"\r\n0\r\n\r\n"
+    for answer in (whole(PICTURE), b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk):
+        async with hosting(answer) as host:
+            fetcher = getting(host)
+            fetcher.max_bytes = fetcher.max_request_bytes = fetcher.max_held_bytes = 3 * len(PICTURE)
+            for number in range(20):
+                wanted = [{f"{AT}?{number}{one}{two}": "" for two in range(2)} for one in range(2)]
+                outcomes = await asyncio.gather(*(fetch_all(fetcher, each) for each in wanted), return_exceptions=True)
+                assert any(isinstance(outcome, dict) for outcome in outcomes), outcomes
+                assert fetcher.held_bytes == 0
+
+
+async def fetch_all(fetcher: Fetcher, wanted: dict[str, str]) -> dict[str, bytes]:
     with fetcher.holding() as held:
-        return await fetcher.fetch({AT: ""}, held)
+        return await fetcher.fetch(wanted, held)
+
+
+async def test_a_full_room_asks_nobody() -> None:
+    async with hosting(whole(PICTURE)) as host:
+        fetcher = getting(host)
+        fetcher.held_bytes = fetcher.max_held_bytes
+        with pytest.raises(Overloaded, match="fill the room"):
+            await held_fetch(fetcher)
+        assert host.num_connections == 0
+
+
+async def held_fetch(fetcher: Fetcher, caller: str = "") -> dict[str, bytes]:
+    with fetcher.holding() as held:
+        return await fetcher.fetch({AT: ""}, held, caller)
 
 
 async def test_whoever_leaves_or_fails_leaves_nothing_behind() -> None:
@@ -550,6 +580,30 @@ async def test_more_than_may_wait_for_a_host_are_refused_whole() -> None:
         assert await held_fetch(fetcher) == {AT: PICTURE}
 
 
+async def test_callers_share_a_host() -> None:
+    """One that fills it is not waited for by another: who has nothing under way is let in, and is next."""
+    may_end = asyncio.Event()
+
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await may_end.wait()
+        writer.write(whole(PICTURE))
+        await writer.drain()
+
+    async with hosting(slow) as host:
+        fetcher = getting(host, image_fetch_timeout_s=60, max_groups=64)
+        with fetcher.holding() as held:
+            greedy = asyncio.create_task(fetcher.fetch({f"{AT}?{number}": "" for number in range(64)}, held, "greedy"))
+            await until(lambda: len(host.heads) == 8)
+            modest = asyncio.create_task(held_fetch(fetcher, "modest"))
+            with pytest.raises(Overloaded, match="this host"):
+                await held_fetch(fetcher, "greedy")
+            may_end.set()
+            assert await modest == {AT: PICTURE}
+            assert len(await greedy) == 64
+        (place,) = [number for number, head in enumerate(host.heads) if b"?" not in head.partition(b"\r\n")[0]]
+        assert place < 16
+
+
 async def test_trainers_wait_for_a_host_that_too_many_wait_for() -> None:
     async with hosting(silent) as host:
         flags = {"image_hosts": f"http://{HOST}", "image_fetch_timeout_s": 60, "max_groups": 64}
@@ -607,6 +661,40 @@ async def test_a_name_that_nobody_can_look_up_is_waited_for_on_one_thread() -> N
     with pytest.raises(OSError, match="looked up"):
         await find(HOST, 80)  # asked anew
     assert num_looks[HOST] == 2
+
+
+async def test_a_lookup_that_cannot_even_begin_or_ends_oddly_is_asked_anew() -> None:
+    """No future may stay that nobody will end."""
+    outcomes: list[BaseException | None] = [MemoryError(), RuntimeError("odd"), None]
+
+    def look(host: str, port: int, **_: Any) -> list[Any]:
+        outcome = outcomes.pop(0)
+        if outcome is not None:
+            raise outcome
+        return [(None, None, None, None, (PUBLIC, port))]
+
+    def no_thread() -> None:
+        raise RuntimeError("can't start new thread")
+
+    find = Resolver(look, start=lambda thread: no_thread())
+    with pytest.raises(OSError, match="no thread"):
+        await find(HOST, 80)
+    find = Resolver(look)
+    for _ in range(2):
+        with pytest.raises(OSError, match="looked up"):
+            await find(HOST, 80)
+    assert await find(HOST, 80) == [PUBLIC]
+
+
+async def test_both_families_are_tried() -> None:
+    """Three dead addresses of one family do not hide the other."""
+    dead = [f"2606:4700::{number}" for number in range(1, 6)]
+    async with hosting(whole(PICTURE)) as host:
+        network = Internet({PUBLIC: host.port})
+        dialler = Dialler(names([*dead, PUBLIC]), network.connect)
+        async with serving(dialler=dialler, image_hosts=f"http://{HOST}") as served:
+            assert (await served.client.post("/score", json=body(AT))).status_code == 200
+    assert network.asked == [(dead[0], 80), (PUBLIC, 80)]
 
 
 async def test_the_time_of_a_lookup_is_taken_from_the_addresses() -> None:

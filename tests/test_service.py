@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
+import sys
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -495,10 +497,15 @@ async def test_cancelled_before_its_turn_on_the_encode_threads() -> None:
         held = stack.encoder.hold("encode")
         busy = [stack.started(asking("a")), stack.started(asking("b", image=OTHER))]
         await until(lambda: len(stack.encoder.encoded) == 2)
-        waiting = stack.started(asking("c"))
+        data = bytes(bytearray(CARTOON))
+        num_references = sys.getrefcount(data)
+        waiting = stack.started(asking("c", image=data))
         await turns()
         await cancelled(waiting)
         assert stack.bench.sample("reward_queue_items") == 2
+        await turns()
+        gc.collect()
+        assert sys.getrefcount(data) == num_references  # the threads' queue holds no picture of whom nobody waits for
         held.set()
         await asyncio.gather(*busy)
         assert [group.captions for group in stack.encoder.encoded if group.captions == ("c",)] == []
