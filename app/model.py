@@ -258,6 +258,7 @@ def _copied(mapped: Tensor) -> Tensor:
 def _move(model: RewardModel, place: torch.device) -> None:
     if place.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution: float32 means float32
+        torch.backends.cuda.matmul.allow_tf32 = False
     try:
         model.to(place)
     except torch.OutOfMemoryError:

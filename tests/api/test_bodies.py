@@ -244,7 +244,7 @@ JSON_FAULTS = {
     "equal keys": (b'{"captions": ["x"], "captions": ["y"]}', "duplicate_key"),
     "equal keys, escaped": (b'{"a": 1, "\\u0061": 2}', "duplicate_key"),
     "equal keys inside": (b'{"groups": [{"image": "a", "image": "b"}]}', "duplicate_key"),
-    # deep as well, but that they are too many is known without parsing one
+    # J4: deep as well, but that they are too many is known without parsing one
     "100 000 lists": (b"[" * 100_000, "too_many_items"),
     "40 000 lists": (b"[" * 40_000, "too_deep"),
     "40 000 objects": (b'{"a":' * 40_000, "too_deep"),

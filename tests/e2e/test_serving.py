@@ -80,6 +80,10 @@ def test_a_taken_port_is_refused_in_one_line() -> None:
         refused(punchline("serve", "--port", str(taken.getsockname()[1])), "cannot listen")
 
 
+def test_an_address_of_another_machine_is_refused_in_one_line() -> None:
+    refused(punchline("serve", "--port", "0", "--host", "192.0.2.1"), "cannot listen")
+
+
 def test_a_typo_in_the_environment_is_refused() -> None:
     refused(punchline("serve", PUNCHLINE_MAX_BATHC="3"), "PUNCHLINE_MAX_BATHC")
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import socket
+import struct
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -195,6 +199,35 @@ def test_what_breaks_behind_an_offer_is_refused_as_elsewhere(server: Wire) -> No
     ):
         told = talk(server.address, sent, until_closed=True)
         assert [answer.status for answer in told.answers] == [status], sent[:200]
+
+
+def test_a_client_that_closes_its_side_is_gone(server: Wire) -> None:
+    """H3. Whether it still listens cannot be told from one that left, and scores for those who left are computed for nobody."""
+    num_open = num_descriptors()
+    for sent in (GOOD, request(captions(SECRET), length=5000)):
+        with connect(server.address) as connection:
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
+            assert listen(connection, until_closed=True).answers == []
+        still_well(server, num_open)
+
+
+def test_uploads_that_break_off_leave_nothing(server: Wire, tmp_path: Path) -> None:
+    """D5. No file anywhere, no byte held, no descriptor."""
+    num_open, usual = num_descriptors(), tempfile.tempdir
+    form = b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n' + b"x" * 30_000
+    kind = ("Content-Type: multipart/form-data; boundary=b", "Content-Length: 3000000")
+    tempfile.tempdir = str(tmp_path)  # this process is the server's
+    try:
+        for _ in range(500):
+            with connect(server.address) as connection:
+                connection.sendall(head(*kind, target="/score", method="POST") + form)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        still_well(server, num_open)
+        assert server.served.metric("http_server_body_bytes") == 0
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        tempfile.tempdir = usual
 
 
 @pytest.mark.parametrize("step", [1, 7, 1000])
