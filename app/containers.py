@@ -124,9 +124,13 @@ def _is_several(data: bytes, header: list[_Segment]) -> bool:
 
 
 def _check_png(data: bytes) -> None:
-    kinds = [chunk.kind for chunk in _check_number(_png_chunks(data))]
+    """One header, where it belongs: a decoder takes the last of several, wherever it stands."""
+    chunks = list(_check_number(_png_chunks(data)))
+    kinds = [chunk.kind for chunk in chunks]
     if kinds.count(b"iCCP") > 1:  # each is inflated as the file is opened
         raise _too_complex("one colour profile")
+    if kinds[:1] != [b"IHDR"] or kinds.count(b"IHDR") > 1 or chunks[0].end - chunks[0].start != _IHDR.size:
+        raise ImageRejected("the image could not be read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,33 +189,39 @@ def tag(tiff: bytes, wanted: int) -> int | None:
 
 def check_scans(data: bytes) -> None:
     """That a JPEG has a scan of each of its components, by a coding that shows where a scan ends too early. Raises ImageRejected."""
-    wanted: set[int] = set()
-    found: set[int] = set()
+    wanted, found = b"", set[int]()
     for segment in _jpeg_segments(data):
         if segment.code in _ARITHMETIC:
             raise ImageRejected("arithmetic-coded JPEGs are not scored: nothing tells whether they are whole")
         if segment.code in _FRAME:
-            wanted = set(data[segment.start + 10 : segment.end : 3])
+            wanted = data[segment.start + 10 : segment.end : 3]
         elif segment.code == _SCAN:
             start, number = segment.start + 5, data[segment.start + 4 : segment.start + 5]
             found.update(data[start : start + 2 * sum(number) : 2])
         elif segment.code == _END and found:
             break
-    if not wanted <= found:
+    if not set(wanted) <= found or len(set(wanted)) < len(wanted):
         raise ImageRejected("the image is truncated or corrupt")
 
 
-def with_filled_scans(data: bytes) -> bytes:
-    """A JPEG with other bytes behind the end of each scan.
+def with_filled_scans(data: bytes) -> Iterator[bytes]:
+    """A JPEG with other bytes behind the end of each scan, in one way or two.
 
     A decoder passes over what follows a scan's last block: a whole picture decodes to the same pixels. Where blocks are missing it
-    takes these bytes for theirs, where it would else make the rest grey and say nothing.
+    takes these bytes for theirs, where it would else make the rest grey and say nothing. In a progressive picture they may happen to
+    say that nothing follows, hence the second way.
     """
+    is_progressive = any(segment.code in _PROGRESSIVE for segment in _jpeg_segments(data))
+    for noise in _NOISES if is_progressive else _NOISES[:1]:
+        yield _filled(data, noise)
+
+
+def _filled(data: bytes, noise: bytes) -> bytes:
     pieces, last, scan = [], 0, 0
     for segment in _jpeg_segments(data):
         if scan:
             coded = data[scan : segment.start].rstrip(b"\xff")  # more of a marker's first byte belong to the marker
-            pieces += [data[last:scan], coded, _filling(coded)]
+            pieces += [data[last:scan], coded, _filling(coded, noise)]
             last, scan = scan + len(coded), 0
         if segment.code == _SCAN:
             scan = segment.end
@@ -220,16 +230,16 @@ def with_filled_scans(data: bytes) -> bytes:
     return b"".join([*pieces, data[last:]])
 
 
-def _filling(scan: bytes) -> bytes:
-    """Noise without markers but those of restarts, from the one that would come next. Its first bit is not that of the zeros which a
-    decoder makes up.
-    """
+def _filling(scan: bytes, noise: bytes) -> bytes:
+    """Noise without markers but those of restarts, from the one that would come next."""
     last = max(range(8), key=lambda number: scan.rfind(bytes((0xFF, 0xD0 + number))))
     following = last + 1 if bytes((0xFF, 0xD0 + last)) in scan else 0
-    return b"".join(_NOISE + bytes((0xFF, 0xD0 + (following + number) % 8)) for number in range(8)) + _NOISE
+    return b"".join(noise + bytes((0xFF, 0xD0 + (following + number) % 8)) for number in range(8)) + noise
 
 
-_NOISE = bytes((number * 37 + 181) % 251 for number in range(64))
+_PROGRESSIVE = {0xC2, 0xC6}
+_NOISE = bytes((number * 37 + 181) % 251 for number in range(64))  # its first bit is not that of the zeros which a decoder makes up
+_NOISES = (_NOISE, bytes(0x80 | (0x7E & ~byte) for byte in _NOISE))
 
 
 def is_whole_png(data: bytes) -> bool:
@@ -237,15 +247,18 @@ def is_whole_png(data: bytes) -> bool:
 
     Of data whose chunks are intact. Unpacks them once more, a little at a time.
     """
-    width, height, depth, colour, _, _, interlace = struct.unpack_from(">IIBBBBB", data, 16)
+    width, height, depth, colour, _, _, interlace = _IHDR.unpack_from(data, 16)
     expected = _png_bytes(width, height, depth * _CHANNELS.get(colour, 1), _ADAM7 if interlace else _ONE_PASS)
-    unpacker, found = zlib.decompressobj(), 0
+    unpacker, found, view = zlib.decompressobj(), 0, memoryview(data)
     for chunk in _png_chunks(data):
-        packed = data[chunk.start : chunk.end] if chunk.kind == b"IDAT" else b""
-        while packed and found < expected:
-            found += len(unpacker.decompress(packed, _PIECE))
-            packed = unpacker.unconsumed_tail
-    return found >= expected
+        for at in range(chunk.start, min(chunk.end, len(data)), _PIECE) if chunk.kind == b"IDAT" else ():
+            packed: bytes | memoryview = view[at : min(at + _PIECE, chunk.end)]
+            while packed and found < expected and not unpacker.eof:
+                found += len(unpacker.decompress(packed, min(_PIECE, expected - found)))
+                packed = unpacker.unconsumed_tail
+            if found >= expected or unpacker.eof:
+                return found >= expected
+    return False
 
 
 def _png_bytes(width: int, height: int, pixel_bits: int, passes: tuple[tuple[int, int, int, int], ...]) -> int:
@@ -257,6 +270,7 @@ def _png_bytes(width: int, height: int, pixel_bits: int, passes: tuple[tuple[int
     return num_bytes
 
 
+_IHDR = struct.Struct(">IIBBBBB")
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of each colour type
 _ONE_PASS = ((0, 0, 1, 1),)  # left, top, step across, step down
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))

@@ -260,7 +260,7 @@ class Fetcher:
         wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD)
         writer.write((wire.send(target.head()) or b"") + (wire.send(h11.EndOfMessage()) or b""))
         await writer.drain()
-        data, num_interim, num_chunks, announced, at_once = bytearray(), 0, 0, 0, _HEAD_BYTES
+        data, num_interim, num_chunks, num_taken, at_once = bytearray(), 0, 0, 0, _HEAD_BYTES
         while True:
             event = wire.next_event()
             if event is h11.NEED_DATA:
@@ -269,14 +269,15 @@ class Fetcher:
             elif isinstance(event, h11.InformationalResponse):
                 num_interim += 1
             elif isinstance(event, h11.Response):
-                announced, at_once = self._check(event), READ_BYTES
-                held.take(announced)  # all of it at once: of two that do not fit together, one should come through
+                num_taken, at_once = self._check(event), READ_BYTES
+                held.take(num_taken)  # all of it at once: of two that do not fit together, one should come through
             elif isinstance(event, h11.Data):
                 num_chunks += 1
                 if len(data) + len(event.data) > self.max_bytes:
                     raise ImageTooLarge(f"the image is larger than {self.max_bytes} bytes")
-                held.take(0 if announced else len(event.data))
                 data += event.data
+                held.take(max(0, len(data) - num_taken))
+                num_taken = max(num_taken, len(data))
             elif isinstance(event, h11.EndOfMessage):
                 return bytes(data)
             else:

@@ -9,6 +9,7 @@ import io
 import math
 import re
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError, KeyError, OverflowError, TypeError)
+_BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError, KeyError, OverflowError, TypeError, zlib.error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +152,16 @@ def _check_whole(data: bytes, image: Image.Image, limits: ImageLimits) -> None:
     """Decoders fill up what is missing before a proper end, and tell nobody. Raises ImageRejected."""
     if is_jpeg(data):
         check_scans(data)
-        with _open(with_filled_scans(data), limits) as again:
-            is_whole = np.array_equal(np.asarray(image), np.asarray(again))
+        is_whole = all(_has_pixels(filled, image, limits) for filled in with_filled_scans(data))
     else:
         is_whole = not is_png(data) or is_whole_png(data)
     if not is_whole:
         raise ImageRejected("the image is truncated or corrupt")
+
+
+def _has_pixels(data: bytes, image: Image.Image, limits: ImageLimits) -> bool:
+    with _open(data, limits) as other:
+        return np.array_equal(np.asarray(image), np.asarray(other))
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -76,6 +76,7 @@ def main(
         bool, typer.Option("--short", help="The short versions: seconds each; they show that it runs, and little else.")
     ] = False,
     keep: Annotated[Path | None, typer.Option(help="A JSON file: what it holds is shown too, what is measured is added.")] = None,
+    all_figures: Annotated[bool, typer.Option("--all-figures", help="Below the table every figure of every part.")] = False,
     run_nothing: Annotated[bool, typer.Option("--run-nothing", help="Show what the file holds.")] = False,
 ) -> None:
     """Measure what was promised, and print one table."""
@@ -93,6 +94,8 @@ def main(
         if keep is not None:
             keep.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     show(kept)
+    for name in kept if all_figures else ():
+        print("\n".join([f"\n{name}", *(f"  {figure['name']}: {figure['value']}" for figure in kept[name]["figures"])]))
     raise typer.Exit(0 if holds(kept) else 1)
 
 

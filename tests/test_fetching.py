@@ -475,6 +475,16 @@ async def test_of_requests_that_do_not_fit_together_one_comes_through() -> None:
                 assert fetcher.held_bytes == 0
 
 
+async def test_what_arrives_counts_whatever_was_announced() -> None:
+    """An answer may say both how long it is and that it comes in chunks, and then the chunks are what counts."""
+    chunk = f"{len(PICTURE):x}\r\n".encode() + PICTURE + b"\r\n0\r\n\r\n"
+    async with hosting(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk) as host:
+        fetcher = getting(host)
+        with fetcher.holding() as held:
+            assert await fetcher.fetch({AT: ""}, held) == {AT: PICTURE}
+            assert fetcher.held_bytes == held.num_bytes == len(PICTURE)
+
+
 async def fetch_all(fetcher: Fetcher, wanted: dict[str, str]) -> dict[str, bytes]:
     with fetcher.holding() as held:
         return await fetcher.fetch(wanted, held)

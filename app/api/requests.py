@@ -95,8 +95,7 @@ def read_params(request: Request, known: Collection[str] = ()) -> dict[str, str]
         if name in params:
             raise InvalidRequest("this parameter may come only once", field=_shown(name), code="duplicate_parameter")
         if name not in known:
-            where = "" if known else "; options go in the body here"
-            raise InvalidRequest(f"unknown parameter of the address{where}", field=_shown(name), code="unknown_field")
+            raise InvalidRequest("this address takes no such parameter", field=_shown(name), code="unknown_field")
         params[name] = value
     return params
 
