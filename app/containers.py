@@ -248,7 +248,7 @@ def is_whole_png(data: bytes) -> bool:
     Of data whose chunks are intact. Unpacks them once more, a little at a time.
     """
     width, height, depth, colour, _, _, interlace = _IHDR.unpack_from(data, 16)
-    expected = _png_bytes(width, height, depth * _CHANNELS.get(colour, 1), _ADAM7 if interlace else _ONE_PASS)
+    expected = _png_bytes(width, height, depth * _CHANNELS[colour], _ADAM7 if interlace else _ONE_PASS)
     unpacker, found, view = zlib.decompressobj(), 0, memoryview(data)
     for chunk in _png_chunks(data):
         for at in range(chunk.start, min(chunk.end, len(data)), _PIECE) if chunk.kind == b"IDAT" else ():

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from app.containers import check_scans, is_whole_png, with_filled_scans
+from app.containers import check_scans, is_whole_png, plain, tag, with_filled_scans
 from app.errors import ImageRejected
 from app.images import ImageLimits, decode_image
 from tests.test_images import chunk, png
@@ -124,8 +124,11 @@ def test_components_of_one_name_are_refused() -> None:
 
 def test_an_arithmetic_jpeg_is_refused() -> None:
     whole = jpeg((64, 48), "RGB")
+    arithmetic = whole.replace(b"\xff\xc0", b"\xff\xc9")
     with pytest.raises(ImageRejected):
-        decode_image(whole.replace(b"\xff\xc0", b"\xff\xc9"), LIMITS, exif_transpose=False)
+        decode_image(arithmetic, LIMITS, exif_transpose=False)
+    with pytest.raises(ImageRejected, match="^arithmetic-coded JPEGs are not scored: nothing tells whether they are whole$"):
+        check_scans(arithmetic)
 
 
 def test_marks_before_the_end_and_pictures_behind_it_do_no_harm() -> None:
@@ -187,6 +190,7 @@ def test_a_png_is_whole_or_refused(size: tuple[int, int], colour: int, depth: in
     assert decoded(encoded(unpacked)) is not None
     assert decoded(encoded(unpacked + b"more")) is not None
     line = 1 + (width * channels * depth + 7) // 8
+    assert not is_whole_png(encoded(unpacked[:-1]))
     for kept in (len(unpacked) - 1, len(unpacked) - line, len(unpacked) // 2, 1, 0):
         assert decoded(encoded(unpacked[:kept])) is None, kept
 
@@ -213,6 +217,8 @@ def test_a_png_has_one_header_and_it_comes_first() -> None:
     data = png(64, 48, packed=zlib.compress(lines(np.zeros((48, 64, 3)), 8)))
     header, rest = data[8:33], data[33:]
     assert decoded(data) is not None
+    with pytest.raises(ImageRejected, match="^the image could not be read$"):
+        plain(data[:8] + header + data[8:])
     huge = chunk(b"IHDR", struct.pack(">IIBBBBB", 1 << 30, 1 << 30, 8, 2, 0, 0, 0))
     tiny = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 8, 2, 0, 0, 0))
     private = chunk(b"prIv", struct.pack(">IIBBBBB", 1 << 30, 1 << 30, 8, 2, 0, 0, 0))
@@ -238,3 +244,58 @@ def test_junk_behind_a_short_stream_is_not_gathered() -> None:
     data = png(64, 48, packed=short)
     junk = chunk(b"IDAT", b"x" * 1000) * 900
     assert not is_whole_png(data[:-12] + junk + data[-12:])
+
+
+def test_rows_that_end_without_the_end_of_their_stream_are_not_whole() -> None:
+    packer = zlib.compressobj()
+    half = packer.compress(lines(np.zeros((24, 64, 3)), 8)) + packer.flush(zlib.Z_SYNC_FLUSH)
+    assert not is_whole_png(png(64, 48, packed=half))
+    assert is_whole_png(png(64, 24, packed=half))
+
+
+@pytest.mark.parametrize("size", [0x7FFFFFFF, 0x80000000, 0xFFFFFFF4, 0xFFFFFFFF])
+def test_a_chunk_that_claims_gigabytes_is_the_last(size: int) -> None:
+    data = png(64, 48)
+    long = data[:33] + struct.pack(">I4s", size, b"prIv") + data[33:]
+    assert plain(long).data == long
+    assert decoded(long) is None
+
+
+def tiff(order: str, entries: list[tuple[int, int, int, bytes]], *, start: int = 8, count: int | None = None, tail: bytes = b"") -> bytes:
+    """A header, something before the tags, the tags, and what follows."""
+    mark = {"<": b"II*\0", ">": b"MM\0*"}[order]
+    written = b"".join(struct.pack(order + "HHI4s", *entry) for entry in entries)
+    number = len(entries) if count is None else count
+    return mark + struct.pack(order + "I", start) + b"\xaa" * (start - 8) + struct.pack(order + "H", number) + written + tail
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("start", [8, 9, 20, 0x8000])
+def test_a_tag_is_read_where_it_stands_and_nowhere_else(order: str, start: int) -> None:
+    def short(name: int, value: int, number: int = 1) -> tuple[int, int, int, bytes]:
+        return name, 3, number, struct.pack(order + "HH", value, 0)
+
+    entries = [short(256, 640), short(274, 6), short(305, 3)]
+    assert tag(tiff(order, entries, start=start), 274) == 6
+    assert tag(tiff(order, entries, start=start), 305) == 3
+    assert tag(tiff(order, entries, start=start), 306) is None
+    assert tag(tiff(order, entries, start=start, count=1), 274) is None  # what follows the last tag is none
+    assert tag(tiff(order, entries, start=start, count=60_000, tail=b"x" * 11), 305) == 3
+    assert tag(tiff(order, entries, start=start, count=4, tail=struct.pack(order + "HHI", 306, 3, 1) + b"\0\0\0"), 306) is None
+    assert tag(tiff(order, [short(274, 6, number=2)], start=start), 274) is None
+    assert tag(tiff(order, [(274, 4, 1, struct.pack(order + "I", 8))], start=start), 274) == 8
+    assert tag(tiff(order, [(274, 2, 1, b"6\0\0\0")], start=start), 274) is None
+
+
+def test_of_many_tags_few_are_read() -> None:
+    entries = [(1, 3, 1, b"\1\0\0\0")] * 512 + [(274, 3, 1, b"\6\0\0\0")]
+    assert tag(tiff("<", entries), 274) is None
+    assert tag(tiff("<", entries[1:]), 274) == 6
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"II", b"II*\0", b"II*\0\x08\0\0", b"XX*\0" + bytes(40), b"II+\0\x08\0\0\0" + bytes(40), b"II*\0\xff\xff\xff\xff" + bytes(9)],
+)
+def test_what_is_no_header_has_no_tags(data: bytes) -> None:
+    assert tag(data, 274) is None

@@ -22,7 +22,8 @@ from PIL.PngImagePlugin import PngInfo
 from app.contracts import GroupEncoder
 from app.encoding import Encoder
 from app.errors import ApiError, ImageFormatNotAllowed, ImageRejected, ImageTooLarge, SettingsInvalid, UrlNotAllowed
-from app.images import ImageLimits, check_limits, decode_image, image_id, probe_image, read_image_field, shrink, shrunk_size
+from app.images import ImageLimits, check_limits, decode_image, image_id, image_limits, probe_image, read_image_field, shrink, shrunk_size
+from app.settings import Settings
 from tests.fakes import FakeEncoder
 
 LIMITS = ImageLimits(max_bytes=1 << 20, max_pixels=1_000_000, min_side=16, max_aspect=10, formats=("JPEG", "PNG", "WEBP"))
@@ -858,3 +859,29 @@ def test_several_pictures_are_told_by_their_number() -> None:
     """An index that claims one picture is no index of several."""
     index = struct.pack(">2sHIHHHII", b"MM", 42, 8, 1, 0xB001, 4, 1, 1)
     assert np.array_equal(pixels(in_jpeg(segment(0xE2, b"MPF\0" + index))), pixels(ENCODED["JPEG"]))
+
+
+def test_a_png_says_its_turn_in_xmp_too() -> None:
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
+    data = saved(PICTURE, "PNG", pnginfo=info)
+    assert np.array_equal(pixels(data, exif_transpose=True), np.rot90(PIXELS, -1))
+    assert np.array_equal(pixels(data), PIXELS)
+
+
+def test_alpha_is_dropped_or_laid_on_white() -> None:
+    alpha = np.random.default_rng(1).integers(0, 256, (48, 64, 1), dtype=np.uint8)
+    data = saved(Image.fromarray(np.concatenate([PIXELS, alpha], axis=2)), "PNG")
+    assert np.array_equal(pixels(data), PIXELS)
+    share = alpha.astype(float) / 255
+    expected = np.round(PIXELS * share + 255 * (1 - share))
+    found = decode_image(data, LIMITS, exif_transpose=False, alpha="white").pixels
+    assert np.abs(found - expected).max() <= 1
+    assert np.array_equal(decode_image(saved(PICTURE, "PNG"), LIMITS, exif_transpose=False, alpha="white").pixels, PIXELS)
+
+
+def test_limits_are_those_of_the_settings() -> None:
+    found = image_limits(
+        Settings(max_image_bytes=4711, max_image_pixels=5000, min_image_side=17, max_image_aspect=3.5, image_formats="png")
+    )
+    assert found == ImageLimits(max_bytes=4711, max_pixels=5000, min_side=17, max_aspect=3.5, formats=("PNG",))
