@@ -601,6 +601,29 @@ def test_a_batch_that_finds_a_wrong_entry_gives_no_score_that_was_made_of_it() -
     assert here.audits("prefixes") == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("kept", "off", "agrees"), [(8.0, 4e-6, True), (8.0, 9e-6, False), (-8.0, 4e-6, True), (0.5, 0.9e-6, True), (0.5, 1.5e-6, False)]
+)
+def test_the_tolerance_of_scores_grows_with_them_beyond_one(
+    caplog: pytest.LogCaptureFixture, kept: float, off: float, agrees: bool
+) -> None:
+    here, asked = world(audit_every=1, model="m"), group("cat", "ab", ["x"])
+    (row,) = asked.rows
+    here.backend.unsound = {row.tobytes(): kept}
+    here.score(asked)
+    here.backend.unsound = {row.tobytes(): kept + off}
+    with caplog.at_level(logging.ERROR):
+        assert values(here.score(asked)) == [(kept if agrees else kept + off,)]
+    assert (f"{kept} was kept, {kept + off} is computed now" in caplog.text) is not agrees
+    assert sample(here.metrics, "reward_cache_audits_total", cache="scores", model="m") == 1
+
+
+def test_rows_of_one_name_that_begin_otherwise_are_an_error() -> None:
+    one, other = group("cat", "ab", ["x"]), group("cat", "long", ["x"])
+    with pytest.raises(ValueError, match=r"^rows of one image and prompt begin with different ids$"):
+        world().score(one, replace(other, key=one.key, num_prefix=one.num_prefix))
+
+
 def test_an_audit_that_agrees_changes_no_bit() -> None:
     here = world(audit_every=1)
     asked = group("cat", "ab", ["x"])
