@@ -51,18 +51,11 @@ def wait_unready(client: httpx.Client) -> None:
         time.sleep(0.01)
 
 
-def test_without_notice_an_idle_server_is_gone_at_once() -> None:
-    """S1. With one, whoever balances the load has that long to hear of it, busy or not: nobody knows who is on the way."""
-    with oracle() as server:
-        began = time.monotonic()
+def test_without_notice_an_idle_server_does_not_wait_for_its_drain_to_end() -> None:
+    """S1. With a notice, whoever balances the load has that long to hear of it, busy or not: nobody knows who is on the way."""
+    with oracle(PUNCHLINE_DRAIN_S="600") as server:
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
-        assert time.monotonic() - began < 10  # not the drain's 30 s: it is over when all is answered
-    with oracle(PUNCHLINE_DRAIN_NOTICE_S="2") as server:
-        began = time.monotonic()
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(30) == 0
-        assert time.monotonic() - began >= 2
 
 
 def test_during_the_notice_all_is_answered_and_no_connection_kept() -> None:
