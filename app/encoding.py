@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tokenizers import Tokenizer
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
@@ -26,6 +25,7 @@ from app.errors import ApiError, ArtifactInvalid, ImageRejected, InvalidRequest,
 from app.framing import REASONING_ENDS, RESPONSE_BEGINS, Frame, Framer, TextRun
 from app.images import shrink, shrunk_size
 from app.layouts import PUBLISHED_AS_IS
+from app.tokens import PlainTokenizer
 
 _Part = TypeVar("_Part")
 TEXT_ONLY_FAMILIES = ("qwen2", "qwen3")  # model types of bases without a vision tower
@@ -43,20 +43,19 @@ _NUM_BYTES = 256  # byte-level tokenizers have a token for each
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """What a group's captions stand in: ids before and behind, and the text between them, which holds the caption."""
+    """What a group's captions stand in: ids, then text before the caption, the caption, text behind it, ids again."""
 
     frame: Frame
     contents: tuple[str, ...]  # of the prompt's slots
     before: Ids
+    head: str
+    tail: str
     behind: Ids
     truncated: bool = False
 
-    def text(self, caption: str) -> str:
-        """The caption's own stretch of text."""
-        frame = self.frame
-        run = frame.runs[frame.caption_run]
-        filled = [frame.trimmed(slot, text) for slot, text in enumerate((*self.contents, caption))]
-        return run.filled(filled) if isinstance(run, TextRun) else ""
+    def words(self, caption: str) -> str:
+        """The caption as the template leaves it."""
+        return self.frame.trimmed(self.frame.caption_slot, caption)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +82,14 @@ class Encoder:
     ) -> None:
         """`unread_id`: transformers' sequence classification pools the last token that is none of these, its base's padding."""
         self._config = config
-        self._plain, self.special_tokens = _plain_tokenizer(tokenizer, keeps_ordinary=config.kind in PUBLISHED_AS_IS)
+        self._plain = PlainTokenizer(tokenizer, keeps_ordinary=config.kind in PUBLISHED_AS_IS)
+        self.special_tokens = self._plain.special_tokens
         self._processor = image_processor
         self._image_token_id = image_token_id
         self._framer = Framer(config, tokenizer, with_image=self.takes_images, unread_id=unread_id)
         self._of_text = self._framer.of_text()
         self._of_roles = lru_cache(_MAX_SHAPES)(self._frame_or_fault)
-        self._fit_prompt = lru_cache(_MAX_PROMPTS)(self._cut_prompt)  # prompts come again and again
+        self._fit_prompt = lru_cache(_MAX_PROMPTS)(self._plain.cut)  # prompts come again and again
         self._costs = lru_cache(_MAX_SHAPES)(self._template_tokens)
         if image_token_id is not None and self._of_text.first_ids.count(image_token_id) != 1:
             raise ArtifactInvalid("the chat template does not place exactly one image before the text")
@@ -119,7 +119,7 @@ class Encoder:
         """
         bound = self._bound(num_image_tokens, prompt, captions, _most_tokens)
         if bound > _WORTH_COUNTING:  # as bytes it might be more than a queue holds, and be none of it
-            bound = self._bound(num_image_tokens, prompt, captions, self._num_tokens)
+            bound = self._bound(num_image_tokens, prompt, captions, self._plain.count)
         return bound
 
     def _bound(
@@ -135,9 +135,6 @@ class Encoder:
         each = costs.own + sum(said[slot] for slot in costs.own_slots)
         rows = (each + _at_most(size_of(caption), config.max_caption_tokens) for caption in captions)
         return shared + sum(_at_most(row, config.max_tokens) for row in rows)
-
-    def _num_tokens(self, text: str) -> int:
-        return len(self._plain.encode(text, add_special_tokens=False).ids)
 
     @property
     def lead_ids(self) -> Ids:
@@ -183,8 +180,8 @@ class Encoder:
         """
         setting = self._setting(group)
         errors = self._caption_errors(setting, group.captions)
-        texts = [setting.text(caption) for caption, error in zip(group.captions, errors, strict=True) if error is None]
-        *rows, without, with_one = self._rows(setting, [*texts, setting.text(""), setting.text(_ANY_CAPTION)])
+        sound = [caption for caption, error in zip(group.captions, errors, strict=True) if error is None]
+        *rows, without, with_one = self._rows(setting, [*sound, "", _ANY_CAPTION])
         rows, errors = self._within(rows, errors, len(without))
         if not rows:
             return None, errors
@@ -197,9 +194,9 @@ class Encoder:
         """The chat of every caption as the model sees it, decoded from its ids."""
         rows = [row for piece in pieces for row in piece.rows]
         image = pieces[0].image
-        pad = "" if self._image_token_id is None else str(self._plain.id_to_token(self._image_token_id))
+        pad = "" if self._image_token_id is None else self._plain.text_of(self._image_token_id)
         count = image.num_tokens if image else 0
-        chats = [self._plain.decode(row.tolist(), skip_special_tokens=False) for row in rows]
+        chats = [self._plain.decode(row.tolist()) for row in rows]
         return Explanation(
             chats=[chat.replace(pad * count, f"{pad}*{count}") if count else chat for chat in chats],
             tokens=[len(row) for row in rows],
@@ -266,33 +263,25 @@ class Encoder:
             raise InvalidRequest(message, field=field, code="prompt_unclear")
         truncated = False
         if field == "prompt" and self._config.max_prompt_tokens is not None:
-            text, truncated = self._fit_prompt(contents[0])
+            text, truncated = self._fit_prompt(contents[0], self._config.max_prompt_tokens)
             contents = (text,)
         filled = [frame.trimmed(slot, text) for slot, text in enumerate((*contents, ""))]
         place = frame.caption_run
+        head, tail = frame.around_caption
         return _Setting(
             frame,
             contents,
             self._expand(self._run_ids(frame.runs[:place], filled), group.image),
+            head.filled(filled),
+            tail.filled(filled),
             self._run_ids(frame.runs[place + 1 :], filled),
             truncated,
         )
 
     def _run_ids(self, runs: Sequence[tuple[int, ...] | TextRun], filled: Sequence[str]) -> Ids:
         """Runs that hold no caption."""
-        ids = [
-            np.asarray(
-                self._plain.encode(run.filled(filled), add_special_tokens=False).ids if isinstance(run, TextRun) else run, dtype=np.int64
-            )
-            for run in runs
-        ]
+        ids = [self._plain.ids(run.filled(filled)) if isinstance(run, TextRun) else np.asarray(run, dtype=np.int64) for run in runs]
         return np.concatenate([*ids, np.zeros(0, dtype=np.int64)])
-
-    def _cut_prompt(self, text: str) -> tuple[str, bool]:
-        """The recipe's truncation: encode, cut, decode."""
-        ids = self._plain.encode(text, add_special_tokens=False).ids
-        limit = self._config.max_prompt_tokens
-        return (text, False) if limit is None or len(ids) <= limit else (self._plain.decode(ids[:limit]), True)
 
     def _caption_errors(self, setting: _Setting, captions: Sequence[str]) -> list[ApiError | None]:
         valid = [_is_unicode(caption) for caption in captions]
@@ -300,7 +289,7 @@ class Encoder:
         limit = self._config.max_caption_tokens
         lengths = [0] * len(texts) if limit is None else self._lengths(texts, limit)
         is_bare = len(setting.frame.runs) == 1
-        empty = [is_bare and not setting.text(text) for text in texts]
+        empty = [is_bare and not (setting.head or setting.words(text) or setting.tail) for text in texts]
         apart = [setting.frame.would_change(setting.frame.caption_slot, text) for text in texts]
         return [self._caption_error(*found) for found in zip(range(len(texts)), valid, lengths, empty, apart, strict=True)]
 
@@ -308,8 +297,8 @@ class Encoder:
         """Tokens of each text by itself; of one that has no room to exceed the limit, an upper bound will do."""
         bounds = [_most_tokens(text) for text in texts]
         long = [index for index, bound in enumerate(bounds) if bound > limit]
-        for index, row in zip(long, self._plain.encode_batch([texts[index] for index in long], add_special_tokens=False), strict=True):
-            bounds[index] = len(row.ids)
+        for index, row in zip(long, self._plain.batch([texts[index] for index in long]), strict=True):
+            bounds[index] = len(row)
         return bounds
 
     def _caption_error(self, index: int, valid: bool, length: int, empty: bool, apart: bool) -> ApiError | None:
@@ -355,7 +344,7 @@ class Encoder:
                 count = _SEAM if number else 0
                 is_own = is_own or part == frame.caption_slot
                 if isinstance(part, str):
-                    count += self._num_tokens(part)
+                    count += self._plain.count(part)
                 elif isinstance(part, tuple):
                     count += len(part)
                 elif part != frame.caption_slot:
@@ -363,9 +352,10 @@ class Encoder:
                 shared, own = (shared, own + count) if is_own else (shared + count, own)
         return _Costs(shared, own, tuple(slots[False]), tuple(slots[True]))
 
-    def _rows(self, setting: _Setting, texts: Sequence[str]) -> tuple[Ids, ...]:
-        encoded = self._plain.encode_batch(list(texts), add_special_tokens=False)
-        return tuple(np.concatenate([setting.before, np.asarray(row.ids, dtype=np.int64), setting.behind]) for row in encoded)
+    def _rows(self, setting: _Setting, captions: Sequence[str]) -> tuple[Ids, ...]:
+        texts = [setting.words(caption) for caption in captions]
+        rows = self._plain.between(setting.head, texts, setting.tail)
+        return tuple(np.concatenate([setting.before, row, setting.behind]) for row in rows)
 
     def _expand(self, ids: Ids, image: EncodedImage | None) -> Ids:
         count = image.num_tokens if image else 0
@@ -505,22 +495,3 @@ def _check_vocabulary(path: Path, tokenizer: Any, base: dict[str, Any]) -> None:
     num_known = base.get("text_config", base).get("vocab_size", len(tokenizer))
     if len(tokenizer) > num_known:
         raise ArtifactInvalid(f"{path}: tokenizer of another base: expected at most {num_known} tokens, found {len(tokenizer)}")
-
-
-def _plain_tokenizer(tokenizer: Any, *, keeps_ordinary: bool) -> tuple[Tokenizer, dict[str, int]]:
-    """A copy of the tokenizer to which every added token is ordinary text, and these: their text, and the ids that no caption may become.
-
-    `keeps_ordinary`: added tokens that are not special and look like none (`<think>`, `<tool_call>`) stay tokens, as in the recipes of
-    those who publish.
-    """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    off: dict[str, int] = {}
-    for token in state["added_tokens"]:
-        if not keeps_ordinary or token["special"] or token["content"].startswith("<|"):
-            token["special"] = True
-            off[token["content"]] = token["id"]
-    plain = Tokenizer.from_str(json.dumps(state))
-    plain.encode_special_tokens = True
-    plain.no_truncation()
-    plain.no_padding()
-    return plain, off

@@ -71,6 +71,14 @@ class Frame:
         return next(number for number, run in enumerate(self.runs) if isinstance(run, TextRun) and self.caption_slot in run.parts)
 
     @property
+    def around_caption(self) -> tuple[TextRun, TextRun]:
+        """What stands before the caption in its run, and what behind it."""
+        run = self.runs[self.caption_run]
+        parts = run.parts if isinstance(run, TextRun) else ()
+        place = parts.index(self.caption_slot)
+        return TextRun(parts[:place]), TextRun(parts[place + 1 :])
+
+    @property
     def first_ids(self) -> Ids:
         """What every row of this frame begins with."""
         first = self.runs[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
@@ -34,6 +33,7 @@ from app.lanes import Queue
 from app.metrics import CLIENT_GONE, Metrics, outcome_of
 from app.monitors import RunMonitors
 from app.planning import split_group
+from app.preference import spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -434,7 +434,7 @@ class ScoringService:
         self._metrics.score_magnitudes.labels(self.model, "positive").inc(sum(score for score in found if score > 0))
         self._metrics.score_magnitudes.labels(self.model, "negative").inc(-sum(score for score in found if score < 0))
         if len(found) > 1:
-            self._metrics.group_stddev.labels(self.model).observe(statistics.pstdev(found))
+            self._metrics.group_stddev.labels(self.model).observe(spread(found))
 
     def _begin_series(self) -> None:
         """At 0: of a series that begins with its first count nobody can tell that it grew."""

@@ -63,6 +63,7 @@ TABLE = (
         "dialling",
         "fetching",
         "framing",
+        "tokens",
         "encoding",
         "faults",
         "transfer",
@@ -137,6 +138,7 @@ MAY_LOAD_HEAVY = {
     f"app.{name}"
     for name in (
         "framing",
+        "tokens",
         "encoding",
         "faults",
         "transfer",

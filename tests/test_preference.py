@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from app.preference import Comparison, compare, probability, rank
+from app.preference import Comparison, compare, probability, rank, spread
 
 MARGINS = st.floats(allow_nan=False)
 SCORES = st.floats(-1e6, 1e6)
@@ -95,3 +96,15 @@ def test_the_best_wins_half_against_itself() -> None:
 
 def test_nothing_to_rank() -> None:
     assert rank([]) == []
+
+
+@given(st.lists(st.floats(-3.4e38, 3.4e38), min_size=1, max_size=64))
+@example([3.4e38, -3.4e38])
+@example([1e30, 1e30 + 1e15])
+def test_spread_is_the_standard_deviation(scores: list[float]) -> None:
+    assert spread(scores) == pytest.approx(statistics.pstdev(scores), rel=1e-6, abs=1e-12 * max(map(abs, scores)))
+
+
+@given(st.floats(-1e38, 1e38), st.integers(1, 64))
+def test_equal_scores_have_no_spread(score: float, number: int) -> None:
+    assert spread([score] * number) == 0.0

@@ -62,7 +62,7 @@ def test_captions_that_spell_control_tokens_stay_text(artifact: Artifact) -> Non
 
 def test_a_tokenizer_that_takes_them_for_control_tokens_is_refused(artifact: Artifact) -> None:
     encoder = load_encoder(artifact)
-    encoder._plain.encode_special_tokens = False
+    encoder._plain.backend.encode_special_tokens = False
     finding = specials(encoder)
     assert not finding.passed
     assert finding.check == "C12 special"
