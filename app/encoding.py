@@ -53,7 +53,7 @@ class _Setting:
     behind: Ids
     truncated: bool = False
 
-    def words(self, caption: str) -> str:
+    def trimmed(self, caption: str) -> str:
         """The caption as the template leaves it."""
         return self.frame.trimmed(self.frame.caption_slot, caption)
 
@@ -289,7 +289,7 @@ class Encoder:
         limit = self._config.max_caption_tokens
         lengths = [0] * len(texts) if limit is None else self._lengths(texts, limit)
         is_bare = len(setting.frame.runs) == 1
-        empty = [is_bare and not (setting.head or setting.words(text) or setting.tail) for text in texts]
+        empty = [is_bare and not (setting.head or setting.trimmed(text) or setting.tail) for text in texts]
         apart = [setting.frame.would_change(setting.frame.caption_slot, text) for text in texts]
         return [self._caption_error(*found) for found in zip(range(len(texts)), valid, lengths, empty, apart, strict=True)]
 
@@ -353,7 +353,7 @@ class Encoder:
         return _Costs(shared, own, tuple(slots[False]), tuple(slots[True]))
 
     def _rows(self, setting: _Setting, captions: Sequence[str]) -> tuple[Ids, ...]:
-        texts = [setting.words(caption) for caption in captions]
+        texts = [setting.trimmed(caption) for caption in captions]
         rows = self._plain.between(setting.head, texts, setting.tail)
         return tuple(np.concatenate([setting.before, row, setting.behind]) for row in rows)
 

@@ -60,7 +60,7 @@ def rank(scores: Sequence[float], temperature: float = 1.0) -> list[Place]:
 
 
 def spread(scores: Sequence[float]) -> float:
-    """The standard deviation of these scores (of these, not of what they may be drawn from); exactly 0 for equal ones.
+    """The population standard deviation of scores; exactly 0 for equal ones.
 
     `statistics.pstdev` computes with fractions, which takes twenty times as long.
     """

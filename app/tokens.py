@@ -1,4 +1,4 @@
-"""Text to token ids, control tokens switched off, and where a text may be cut so that its pieces have the tokens of the whole.
+"""Text to token ids, special tokens switched off, and where a text may be split so that its pieces have the tokens of the whole.
 
 Thread-safe: nothing here is written to after construction.
 """
@@ -15,17 +15,18 @@ from tokenizers import Tokenizer
 
 from app.contracts import Ids
 
-_WORDS = {  # how byte-level tokenizers split a text into words before they merge: Qwen's and GPT-2's
+_PRE_TOKENS = (  # the patterns by which byte-level tokenizers split a text before they merge: Qwen's and GPT-2's
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
     "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+",
-}
+)
 _GPT_2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-_LAST_SEAM = re.compile("(?s:.*[A-Za-z])(?= [A-Za-z])")
-_FIRST_SEAM = re.compile("[A-Za-z](?= [A-Za-z])")
+_LAST_SPLIT = re.compile("(?s:.*[A-Za-z])(?= [A-Za-z])")
+_FIRST_SPLIT = re.compile("[A-Za-z](?= [A-Za-z])")
+_LOOKED_AT = 4096  # characters next to the caption: a text without such a place must not be searched at any length
 
 
 class PlainTokenizer:
-    """A copy of a tokenizer to which control tokens are ordinary text, and which adds none of its own."""
+    """A copy of a tokenizer to which special tokens are ordinary text, and which adds none of its own."""
 
     def __init__(self, tokenizer: Any, *, keeps_ordinary: bool) -> None:
         """`keeps_ordinary`: added tokens that are not special and look like none (`<think>`, `<tool_call>`) stay tokens, as in the
@@ -41,7 +42,7 @@ class PlainTokenizer:
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.can_cut = _can_cut(state)
+        self.can_split = _can_split(state)
 
     def ids(self, text: str) -> Ids:
         """[tokens] int64."""
@@ -55,55 +56,59 @@ class PlainTokenizer:
         return [np.asarray(found.ids, dtype=np.int64) for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def between(self, head: str, texts: Sequence[str], tail: str) -> list[Ids]:
-        """The ids of `head + text + tail` for each text. What lies before and behind two seams is tokenised once for all."""
-        start, stop = self._seams(head, tail)
+        """The ids of `head + text + tail` for each text; what of head and tail can be split off is tokenised once for all."""
+        start, stop = self._split_points(head, tail)
         before, *rows, behind = self.batch([head[:start], *(f"{head[start:]}{text}{tail[:stop]}" for text in texts), tail[stop:]])
         return [np.concatenate([before, row, behind]) for row in rows]
 
-    def _seams(self, head: str, tail: str) -> tuple[int, int]:
-        """Where the head's last seam is and the tail's first; its beginning and its end where there is none.
+    def _split_points(self, head: str, tail: str) -> tuple[int, int]:
+        """Where the head may be split last and the tail first; the head's beginning and the tail's end where there is no such place.
 
-        A seam lies between an ASCII letter and a space before another. By the patterns of `_WORDS` a word ends there whatever stands
-        before the letter, the next begins there whatever follows, and neither match looks across: a letter is only ever taken by
-        a run of letters, which the space ends, and every match is made from its own beginning on. Composition (NFC) does not cross a space
-        before a letter. Merges stay within a word.
+        Between an ASCII letter and a space before another, by both patterns of `_PRE_TOKENS`: the letter is taken by a run of letters or
+        a contraction, neither of which holds a space, so a pre-token ends there whatever stands before; the space begins one with the
+        letter behind it, whatever follows; and there is no lookbehind. Composition (NFC) does not reach across a space that a letter
+        follows, nor do merges leave their pre-token.
         """
-        if not self.can_cut:
+        if not self.can_split:
             return 0, len(tail)
-        last, first = _LAST_SEAM.match(head), _FIRST_SEAM.search(tail)
+        skipped = max(0, len(head) - _LOOKED_AT)
+        last, first = _LAST_SPLIT.match(head, skipped), _FIRST_SPLIT.search(tail, 0, _LOOKED_AT)
         return last.end() if last else 0, first.end() if first else len(tail)
 
-    def cut(self, text: str, limit: int | None) -> tuple[str, bool]:
-        """The text's first `limit` tokens, decoded, and whether there were more. None: no limit."""
+    def cut(self, text: str, limit: int) -> tuple[str, bool]:
+        """A text of at most `limit` tokens as it is, of a longer one its first tokens decoded; and whether it was longer."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
-        return (text, False) if limit is None or len(ids) <= limit else (self.decode(ids[:limit]), True)
+        return (text, False) if len(ids) <= limit else (self.decode(ids[:limit]), True)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, control tokens shown."""
+        """The text of ids, special tokens shown."""
         return str(self.backend.decode(ids, skip_special_tokens=False))
 
     def text_of(self, token_id: int) -> str:
-        """A single token, control tokens included."""
+        """A single token, special ones included."""
         return str(self.backend.id_to_token(token_id))
 
 
-def _can_cut(state: dict[str, Any]) -> bool:
-    """Whether a tokenizer's file says that it is one for which `_seams` holds: words by a known pattern, then merges, nothing random."""
-    merges = state["model"]
-    if merges.get("type") != "BPE" or merges.get("dropout") or state["normalizer"] not in (None, {"type": "NFC"}):
+def _can_split(state: dict[str, Any]) -> bool:
+    """Whether a tokenizer's file says that it is one for which `_split_points` holds: known pre-tokens, then merges, nothing random."""
+    model = state["model"]
+    if model.get("type") != "BPE" or model.get("dropout") or state["normalizer"] not in (None, {"type": "NFC"}):
         return False
-    ordinary = (token for token in state["added_tokens"] if not token["special"])
-    if any(token["lstrip"] or token["rstrip"] or token["single_word"] or " " in token["content"] for token in ordinary):
+    # Ordinary added tokens are looked for before anything else, and special ones hide those within them.
+    ordinary = [token for token in state["added_tokens"] if not token["special"]]
+    if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in ordinary):
         return False
-    return _splits_words(state["pre_tokenizer"] or {})
+    if ordinary and any(" " in token["content"] for token in state["added_tokens"]):
+        return False
+    return _has_known_pre_tokens(state["pre_tokenizer"] or {})
 
 
-def _splits_words(step: dict[str, Any]) -> bool:
-    """Whether texts are split into words by a known pattern, isolated, and then written as bytes."""
+def _has_known_pre_tokens(step: dict[str, Any]) -> bool:
+    """Whether texts are split by a known pattern, its matches isolated, and then written as bytes."""
     if step.get("type") == "ByteLevel":
         return all(step.get(name) == value for name, value in _GPT_2.items())
     if step.get("type") != "Sequence" or len(step["pretokenizers"]) != 2:
         return False
     split, written = step["pretokenizers"]
-    known = [{"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False} for words in _WORDS]
+    known = [{"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False} for words in _PRE_TOKENS]
     return split in known and written.get("type") == "ByteLevel" and not (written["add_prefix_space"] or written["use_regex"])
