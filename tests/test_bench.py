@@ -191,6 +191,30 @@ def test_in_bfloat16_the_spread_is_the_measure(report: Report) -> None:
     assert "largest difference to the plain way, float32" not in {hold.what for hold in half.holds()}
 
 
+def test_a_root_mean_square_needs_three_differences(report: Report) -> None:
+    """One difference in eight is beyond half the spread by chance where rounding is a third of it; whole groups are not."""
+    spread = report.measured.spread
+    assert spread is not None
+    half = replace(report, subject=replace(report.subject, dtype="bfloat16"))
+
+    def with_gaps(*gaps: float) -> Report:
+        first = next(row for row in half.measured.rows if row.way == WARM)
+        runs = (replace(first.runs[0], gaps=tuple(gap * spread for gap in gaps)),)
+        rows = tuple(replace(row, runs=runs) if row is first else row for row in half.measured.rows)
+        return replace(half, measured=Measured(rows, spread))
+
+    assert [len(with_gaps(*gaps).disagreeing) for gaps in ((0.8,), (0.8, 0.8), (0.8, 0.8, 0.8), (0.8, 0.1, 0.1), (1.2,))] == [0, 0, 1, 0, 1]
+    assert "ratios refused: shared prefix, warm, groups of 1" in " ".join(text_of(with_gaps(1.2)).split())
+
+
+def test_every_way_has_three_differences(report: Report, conversation_report: Report) -> None:
+    """However few rounds, of one and of two here, where the groups are large enough."""
+    for row in (*conversation_report.measured.rows, *report.measured.rows):
+        if row.num_captions >= 8:
+            assert len(row.gaps) >= 3, row.way
+            assert row.rms is not None
+
+
 def test_without_a_second_copy_there_is_no_ratio_and_no_fault(report: Report) -> None:
     rows = tuple(
         replace(row, runs=tuple(replace(run, gaps=None) for run in row.runs))

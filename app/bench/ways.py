@@ -26,7 +26,8 @@ PLAIN, PADDED = "one forward per caption", "one padded batch"
 COLD, WARM = "shared prefix, cold", "shared prefix, warm"
 HTTP_COLD, HTTP_WARM = "server over HTTP, cold", "server over HTTP, warm"
 WAYS = (PLAIN, PADDED, COLD, WARM, HTTP_COLD, HTTP_WARM)
-_NUM_CHECKS = 3  # captions of each turn that the plain way scores beside its own group
+_NUM_SAMPLED_WAYS = 3  # of which the plain way scores some captions only
+MIN_DIFFERENCES = 3  # of a way, for their root mean square to say something
 
 _Found = TypeVar("_Found")
 
@@ -89,8 +90,8 @@ class Row:
 
     @property
     def rms(self) -> float | None:
-        """The root of the mean square of them."""
-        return math.sqrt(statistics.fmean(gap**2 for gap in self.gaps)) if self.gaps else None
+        """The root of the mean square of them; None for too few."""
+        return math.sqrt(statistics.fmean(gap**2 for gap in self.gaps)) if len(self.gaps) >= MIN_DIFFERENCES else None
 
     @property
     def is_as_named(self) -> bool:
@@ -148,12 +149,13 @@ def duration(seconds: float) -> str:
 
 def measure_ways(who: Contestants, sizes: Sequence[int], rounds: int, report: Tell, announce: Tell = lambda _: None) -> Measured:
     """Every way at every size, round by round; `report` hears what comes next, `announce` before all of it how long that takes."""
-    announce(warm_up(who, sizes, report).told(rounds, sizes))
+    num_sampled = -(-MIN_DIFFERENCES // rounds)
+    announce(warm_up(who, sizes, num_sampled, report).told(rounds, sizes))
     runs: dict[tuple[str, int], list[Run]] = {}
     references: list[Sequence[float]] = []
     for number in range(rounds):
         for size in sizes:
-            turn = _Turn(who, size, number, report)
+            turn = _Turn(who, size, number, num_sampled, report)
             for way, run in turn.run():
                 runs.setdefault((way, size), []).append(run)
             references.extend(turn.references)
@@ -161,7 +163,7 @@ def measure_ways(who: Contestants, sizes: Sequence[int], rounds: int, report: Te
     return Measured(rows, spread_of(references))
 
 
-def warm_up(who: Contestants, sizes: Sequence[int], report: Tell) -> Estimate:
+def warm_up(who: Contestants, sizes: Sequence[int], num_sampled: int, report: Tell) -> Estimate:
     """Once before the clock: kernels are chosen and buffers made at first use, for each size anew."""
     shared_s = 0.0
     for size in sizes:
@@ -175,7 +177,7 @@ def warm_up(who: Contestants, sizes: Sequence[int], report: Tell) -> Estimate:
         warm_s, _ = _seconds(lambda image_id=image_id, warm=warm: who.client.send_id(image_id, warm))  # type: ignore[misc]
         shared_s += 2 * (cold_s + warm_s)  # over HTTP and directly
     one_s, padded_s = _warm_up_plain(who, report)
-    plain_s = sum(size * (one_s + padded_s) + _NUM_CHECKS * one_s for size in sizes)
+    plain_s = sum(size * (one_s + padded_s) + _NUM_SAMPLED_WAYS * min(num_sampled, size) * one_s for size in sizes)
     return Estimate(shared_s + plain_s, plain_s)
 
 
@@ -211,11 +213,12 @@ class _Turn:
     The ways that share nothing go first in even rounds and last in odd ones.
     """
 
-    def __init__(self, who: Contestants, size: int, number: int, report: Tell) -> None:
+    def __init__(self, who: Contestants, size: int, number: int, num_sampled: int, report: Tell) -> None:
         self._who = who
         self._report = report
         self._plain_first = number % 2 == 0
-        self._sampled = number % size  # which caption of a group that the plain way does not run whole
+        # which captions of a group that the plain way does not run whole
+        self._sampled = sorted({(number * num_sampled + each) % size for each in range(num_sampled)})
         self._where = f"round {number + 1}, groups of {size}: "
         direct, served = who.workload.request(size), who.workload.request(size)
         self._served = {HTTP_COLD: served, HTTP_WARM: who.workload.request(size, served)}
@@ -276,12 +279,13 @@ class _Turn:
         return self._who.client.send_id(self._image_id, self._served[HTTP_WARM])
 
     def _sampled_gaps(self, way: str, scores: Scores) -> tuple[float, ...] | None:
-        """Of one caption: the plain way on every group would take longer than the measurement. Not timed."""
+        """Of some captions: the plain way on every group would take longer than the measurement. Not timed."""
         if self._who.baseline is None:
             return None
-        expected = score_plain(self._who.baseline, [part_of(self._groups[way], self._sampled, self._sampled + 1)])[0].values
+        alone = [part_of(self._groups[way], place, place + 1) for place in self._sampled]
+        expected = [found.values[0] for found in score_plain(self._who.baseline, alone)]
         self.references.append(expected)
-        return gaps_of(expected, scores.values[self._sampled : self._sampled + 1])
+        return gaps_of(expected, [scores.values[place] for place in self._sampled])
 
 
 def score_direct(who: Contestants, group: EncodedGroup) -> Scores:
