@@ -1,4 +1,4 @@
-"""What scores mean: preference probabilities, comparisons and rankings. Pure arithmetic, float64."""
+"""What scores mean: preference probabilities, comparisons, rankings, a group's spread. Pure arithmetic, float64."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def rank(scores: Sequence[float], temperature: float = 1.0) -> list[Place]:
 def spread(scores: Sequence[float]) -> float:
     """The population standard deviation of scores; exactly 0 for equal ones.
 
-    `statistics.pstdev` computes with fractions, which takes twenty times as long.
+    `statistics.pstdev` computes with fractions, far longer.
     """
     if min(scores) == max(scores):
         return 0.0

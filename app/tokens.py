@@ -65,9 +65,9 @@ class PlainTokenizer:
         """Where the head may be split last and the tail first; the head's beginning and the tail's end where there is no such place.
 
         Between an ASCII letter and a space before another, by both patterns of `_PRE_TOKENS`: the letter is taken by a run of letters or
-        a contraction, neither of which holds a space, so a pre-token ends there whatever stands before; the space begins one with the
-        letter behind it, whatever follows; and there is no lookbehind. Composition (NFC) does not reach across a space that a letter
-        follows, nor do merges leave their pre-token.
+        a contraction, neither of which goes on over a space, so a pre-token ends there whatever stands before; the space begins one
+        with the letter behind it, whatever follows; and there is no lookbehind. Composition (NFC) does not reach across a space that a
+        letter follows, nor do merges leave their pre-token.
         """
         if not self.can_split:
             return 0, len(tail)

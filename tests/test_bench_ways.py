@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from app.bench.conversations import AS_USUAL, Conversations
 from app.bench.flops import Shapes, shared_flops
@@ -29,6 +31,7 @@ from app.bench.ways import (
     Run,
     largest,
     measure_ways,
+    sampled,
     score_padded,
     spread_of,
 )
@@ -236,11 +239,26 @@ def test_each_way_is_held_against_the_rate_of_its_own_moment(who: Contestants) -
 
 
 def test_the_spread_is_within_groups() -> None:
-    """Variances 2 and 8: their mean is 5. Single captions count only among themselves."""
+    """Variances 2 and 8: their mean is 5, with two degrees of freedom in the first it is 4. Single captions count only among themselves."""
     assert spread_of([(0.0, 2.0), (10.0, 14.0), (100.0,)]) == pytest.approx(math.sqrt(5))
+    assert spread_of([(0.0, 2.0**0.5, 8.0**0.5), (10.0, 14.0)]) == pytest.approx(2.0)
     assert spread_of([(0.0,), (2.0,)]) == pytest.approx(math.sqrt(2))
     assert spread_of([(1.0,)]) is None
     assert spread_of([]) is None
+
+
+@given(st.integers(1, 64), st.integers(0, 5), st.integers(1, 8))
+def test_sampled_captions_are_far_apart(size: int, number: int, num_sampled: int) -> None:
+    places = sampled(size, number, num_sampled)
+    assert len(set(places)) == len(places) == min(num_sampled, size)
+    assert all(0 <= place < size for place in places)
+    around = [*places, places[0] + size]
+    assert min(after - before for before, after in itertools.pairwise(around)) >= size // len(places)
+
+
+def test_sampled_captions_change_from_round_to_round() -> None:
+    assert [sampled(8, number, 3) for number in range(3)] == [[0, 2, 5], [1, 3, 6], [2, 4, 7]]
+    assert {place for number in range(8) for place in sampled(8, number, 1)} == set(range(8))
 
 
 def test_what_is_no_number_is_far_away() -> None:

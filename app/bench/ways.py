@@ -27,7 +27,8 @@ COLD, WARM = "shared prefix, cold", "shared prefix, warm"
 HTTP_COLD, HTTP_WARM = "server over HTTP, cold", "server over HTTP, warm"
 WAYS = (PLAIN, PADDED, COLD, WARM, HTTP_COLD, HTTP_WARM)
 _NUM_SAMPLED_WAYS = 3  # of which the plain way scores some captions only
-MIN_DIFFERENCES = 3  # of a way, for their root mean square to say something
+_WANTED_DIFFERENCES = 8  # of each way: the root mean square of fewer is large by chance
+MIN_DIFFERENCES = 3  # for a root mean square at all
 
 _Found = TypeVar("_Found")
 
@@ -149,7 +150,7 @@ def duration(seconds: float) -> str:
 
 def measure_ways(who: Contestants, sizes: Sequence[int], rounds: int, report: Tell, announce: Tell = lambda _: None) -> Measured:
     """Every way at every size, round by round; `report` hears what comes next, `announce` before all of it how long that takes."""
-    num_sampled = -(-MIN_DIFFERENCES // rounds)
+    num_sampled = -(-_WANTED_DIFFERENCES // rounds)
     announce(warm_up(who, sizes, num_sampled, report).told(rounds, sizes))
     runs: dict[tuple[str, int], list[Run]] = {}
     references: list[Sequence[float]] = []
@@ -217,8 +218,7 @@ class _Turn:
         self._who = who
         self._report = report
         self._plain_first = number % 2 == 0
-        # which captions of a group that the plain way does not run whole
-        self._sampled = sorted({(number * num_sampled + each) % size for each in range(num_sampled)})
+        self._sampled = sampled(size, number, num_sampled)
         self._where = f"round {number + 1}, groups of {size}: "
         direct, served = who.workload.request(size), who.workload.request(size)
         self._served = {HTTP_COLD: served, HTTP_WARM: who.workload.request(size, served)}
@@ -288,6 +288,12 @@ class _Turn:
         return gaps_of(expected, [scores.values[place] for place in self._sampled])
 
 
+def sampled(size: int, number: int, num_sampled: int) -> list[int]:
+    """Which captions of a group that the plain way does not run whole: in round `number`, far apart, others in the next round."""
+    num_sampled = min(num_sampled, size)
+    return sorted((number + each * size // num_sampled) % size for each in range(num_sampled))
+
+
 def score_direct(who: Contestants, group: EncodedGroup) -> Scores:
     """The server's own scorer without the server."""
     return who.scorer.score(who.scorer.prepare([group]))[0]
@@ -329,11 +335,12 @@ def gaps_of(expected: Sequence[float], found: Sequence[float]) -> tuple[float, .
 
 
 def spread_of(references: Sequence[Sequence[float]]) -> float | None:
-    """Pooled standard deviation within groups; over all scores where every group has but one caption."""
+    """Pooled standard deviation within groups, or within what is known of them; over all scores where nowhere two are of one group."""
     groups = [scores for scores in references if len(scores) > 1] or [[score for scores in references for score in scores]]
     if len(groups[0]) < 2:
         return None
-    return math.sqrt(statistics.fmean(statistics.variance(scores) for scores in groups))
+    degrees = [len(scores) - 1 for scores in groups]
+    return math.sqrt(statistics.fmean((statistics.variance(scores) for scores in groups), degrees))
 
 
 def _run(clock: _Clock, scores: Scores, flops: int, gaps: tuple[float, ...] | None) -> Run:
