@@ -198,9 +198,9 @@ class Report:
         }
 
     def _is_rounding(self, row: Row) -> bool:
-        if row.difference is None or self.tolerance is None or self.rms_tolerance is None:
+        if row.difference is None or row.rms is None or self.tolerance is None or self.rms_tolerance is None:
             return False
-        return row.difference <= self.tolerance and (row.rms is None or row.rms <= self.rms_tolerance)
+        return row.difference <= self.tolerance and row.rms <= self.rms_tolerance
 
     def _is_refused(self, row: Row) -> bool:
         return row in self.disagreeing or not row.is_as_named

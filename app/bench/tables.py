@@ -155,12 +155,14 @@ def _agreement(report: Report) -> Iterator[str]:
     if report.difference is None or report.tolerance is None:
         yield "no way was compared with the plain one: no ratio"
         return
-    of_many = "" if report.rms is None else f"; largest root mean square of a way {report.rms:.1e}, tolerance {report.rms_tolerance:.1e}"
-    yield f"largest difference to one forward per caption {report.difference:.1e}, tolerance {report.tolerance:.1e}{of_many}"
+    yield (
+        f"largest difference to one forward per caption {report.difference:.1e}, tolerance {report.tolerance:.1e}; "
+        f"largest root mean square of a way {report.rms:.1e}, tolerance {report.rms_tolerance:.1e}"
+    )
     yield f"spread within a group {report.measured.spread:.1e}"
     for row in report.disagreeing:
-        of_many = "" if row.rms is None else f", root mean square {row.rms:.1e}"
-        yield f"scores disagree, ratios refused: {row.way}, groups of {row.num_captions}: {row.difference:.1e}{of_many}"
+        name = f"{row.way}, groups of {row.num_captions}"
+        yield f"scores disagree, ratios refused: {name}: {row.difference:.1e}, root mean square {row.rms:.1e}"
 
 
 def _limit(report: Report) -> str:

@@ -28,7 +28,6 @@ HTTP_COLD, HTTP_WARM = "server over HTTP, cold", "server over HTTP, warm"
 WAYS = (PLAIN, PADDED, COLD, WARM, HTTP_COLD, HTTP_WARM)
 _NUM_SAMPLED_WAYS = 3  # of which the plain way scores some captions only
 _WANTED_DIFFERENCES = 8  # of each way: the root mean square of fewer is large by chance
-MIN_DIFFERENCES = 3  # for a root mean square at all
 
 _Found = TypeVar("_Found")
 
@@ -91,8 +90,8 @@ class Row:
 
     @property
     def rms(self) -> float | None:
-        """The root of the mean square of them; None for too few."""
-        return math.sqrt(statistics.fmean(gap**2 for gap in self.gaps)) if len(self.gaps) >= MIN_DIFFERENCES else None
+        """The root of the mean square of them."""
+        return math.sqrt(statistics.fmean(gap**2 for gap in self.gaps)) if self.gaps else None
 
     @property
     def is_as_named(self) -> bool:
