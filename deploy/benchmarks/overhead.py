@@ -1,7 +1,7 @@
 """What HTTP, queue and encoding cost: one fake scorer behind Punchline, bare FastAPI and LitServe, against calling it directly.
 
-Each server is a process of its own on loopback; while one is measured the others are stopped. Punchline is whole but for the model:
-`punchline serve` of the bundled demo, whose scorer gives way to the fake. The others take the same JSON and check nothing.
+Each server is a process of its own on loopback; while one is measured the others are stopped. Punchline is whole but for the model
+and its canary: `punchline serve` of the bundled demo, whose scorer gives way to the fake. The others take the same JSON and check nothing.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ async def serve_punchline(port: int, delay_s: float) -> None:
     from app.serving import application
     from app.settings import Settings
 
-    settings, fake = Settings(), FakeScorer(delay_s)
+    settings, fake = Settings(canary_s=0), FakeScorer(delay_s)  # the canary would find lengths for golden scores, and end it
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     async with running(settings) as runtime:
         scorer: Any = runtime.first.scorer

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -436,6 +437,20 @@ def test_the_overhead_of_every_way() -> None:
         assert difference == pytest.approx(p50 - direct, abs=0.011)  # both were rounded to two digits
         assert float(row[5].replace(",", "")) > 0
     assert "litserve" in done.stdout.splitlines()[-1]
+
+
+def test_no_canary_looks_at_the_fake_scorer(tmp_path: Path) -> None:
+    """It would take lengths for golden scores gone wrong, and end the server in the middle of a measurement."""
+    pytest.importorskip("litserve")
+    overhead = load("overhead")
+    server = overhead.ServerProcess("punchline", 0.0, tmp_path / "log")
+    try:
+        server.wait_until_ready()
+        told = httpx.get(f"http://{overhead.HOST}:{server.port}/metrics", trust_env=False).text
+    finally:
+        server.end()
+    looked = re.findall(r"^reward_golden_last_success_timestamp_seconds\{.*\} (\S+)$", told, re.MULTILINE)
+    assert [float(at) for at in looked] == [0.0]
 
 
 @pytest.mark.parametrize(
