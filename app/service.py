@@ -429,8 +429,9 @@ class ScoringService:
         found = [score for score in scores if score is not None]
         self._metrics.items.labels(self.model, "scored").inc(len(found))
         self._metrics.items.labels(self.model, "null").inc(len(scores) - len(found))
+        histogram = self._metrics.scores.labels(self.model)
         for score in found:
-            self._metrics.scores.labels(self.model).observe(score)
+            histogram.observe(score)
         self._metrics.score_magnitudes.labels(self.model, "positive").inc(sum(score for score in found if score > 0))
         self._metrics.score_magnitudes.labels(self.model, "negative").inc(-sum(score for score in found if score < 0))
         if len(found) > 1:

@@ -91,7 +91,7 @@ async def serve_punchline(port: int, delay_s: float) -> None:
     Once it has proved itself, the fake stands where the demo's scorer was.
     """
     from app.main import running
-    from app.serving import application
+    from app.serving import config_of
     from app.settings import Settings
 
     settings, fake = Settings(canary_s=0), FakeScorer(delay_s)  # the canary would find lengths for golden scores, and end it
@@ -99,7 +99,9 @@ async def serve_punchline(port: int, delay_s: float) -> None:
     async with running(settings) as runtime:
         scorer: Any = runtime.first.scorer
         scorer.prepare, scorer.score = fake.prepare, fake.score  # that this is what answers shows in the scores, which are lengths
-        await uvicorn.Server(_uvicorn(application(runtime), port)).serve()
+        config = config_of(runtime)
+        config.host, config.port = HOST, port
+        await uvicorn.Server(config).serve()
 
 
 async def serve_blocking_route(port: int, delay_s: float) -> None:
@@ -135,7 +137,7 @@ def _bare_app() -> fastapi.FastAPI:
 
 
 def _uvicorn(app: Any, port: int) -> uvicorn.Config:
-    """As `punchline serve` has it."""
+    """Without a line in the log for each request."""
     return uvicorn.Config(app, host=HOST, port=port, log_config=None, access_log=False, server_header=False)
 
 
