@@ -90,18 +90,22 @@ async def serve_punchline(port: int, delay_s: float) -> None:
 
     Once it has proved itself, the fake stands where the demo's scorer was.
     """
+    from app.draining import DrainingServer, bind
     from app.main import running
     from app.serving import config_of
     from app.settings import Settings
 
-    settings, fake = Settings(canary_s=0), FakeScorer(delay_s)  # the canary would find lengths for golden scores, and end it
+    fake = FakeScorer(delay_s)
+    settings = Settings(host=HOST, port=port, canary_s=0)  # the canary would take lengths for golden scores gone wrong, and end it
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    async with running(settings) as runtime:
-        scorer: Any = runtime.first.scorer
-        scorer.prepare, scorer.score = fake.prepare, fake.score  # that this is what answers shows in the scores, which are lengths
-        config = config_of(runtime)
-        config.host, config.port = HOST, port
-        await uvicorn.Server(config).serve()
+    with bind(settings) as listener:
+        async with running(settings) as runtime:
+            scorer: Any = runtime.first.scorer
+            scorer.prepare, scorer.score = fake.prepare, fake.score  # that this is what answers shows in the scores, which are lengths
+            server = DrainingServer(
+                config_of(runtime), runtime.batcher, notice_s=0, drain_s=1, begin=runtime.begin_drain, announce=lambda taken: None
+            )
+            await server.serve(sockets=[listener])
 
 
 async def serve_blocking_route(port: int, delay_s: float) -> None:
