@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from app.contracts import EncodedGroup, Job
 
-PrefixKey = tuple[str, str, bytes]  # model, image id, prompt digest
+PrefixKey = tuple[str, str, bytes, bool]  # model, image id, prompt digest, whether nothing kept is used: such prefixes are computed apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Filling:
 
     def take(self, group: EncodedGroup) -> bool:
         """Whether the group joins. The first always does; after a refusal only those whose prefix is already in."""
-        key = (group.model, *group.key)
+        key = (group.model, *group.key, group.fresh)
         before = self._by_prefix.get(key)
         if self._refused and before is None:
             return False

@@ -6,11 +6,10 @@ a client's own names appear nowhere. Every so many hits one is computed all the 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,11 +17,11 @@ from app.caches import Audit, ByteBoundedCache
 from app.contracts import EncodedGroup, EncodedImage, Ids, Scores
 from app.errors import OutOfMemory
 from app.metrics import Metrics
+from app.parts import Part, Places, WrongPictures, parts_of
 
 _Features = TypeVar("_Features")
 _KeysValues = TypeVar("_KeysValues")
-Key = tuple[str, bytes]  # (image id, prompt digest)
-_MIN_LEAD = 8  # tokens: to save, or to lengthen a kept prefix by, fewer is not worth a call of attention in every layer
+_MIN_LEAD = 8  # tokens: to save fewer is not worth a call of attention in every layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,24 +87,12 @@ class Caches(Generic[_Features, _KeysValues]):
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """The distinct rows of one image and prompt in a batch."""
-
-    key: str
-    fresh: bool
-    image: EncodedImage | None
-    prefix_ids: Ids
-    rows: tuple[Ids, ...]
-    score_keys: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class PreparedBatch:
     """Groups made ready for the device: what is distinct in them, and where each caption finds its score."""
 
     groups: tuple[EncodedGroup, ...]
-    parts: tuple[_Part, ...]
-    places: tuple[tuple[tuple[int, int], ...], ...]  # for each group, part and row of each caption
+    parts: tuple[Part, ...]
+    places: Places
     staged: dict[str, Any]  # by image id, pictures on their way to the device; whoever takes one takes it out
 
 
@@ -156,6 +143,7 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         self._lead_ids = lead_ids if lead_ids is not None and len(lead_ids) >= _MIN_LEAD else None
         self._lead: KeptPrefix[_KeysValues] | None = None
         self._at_hand: _AtHand[_Features, _KeysValues] = _AtHand()
+        self._wrong = WrongPictures()
         self._backend = backend
         self._caches = caches
         self._fingerprint = fingerprint
@@ -168,24 +156,9 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
 
         The order is the content's own: the same captions give the same bits whichever is named first.
         """
-        names = _names_alone(groups) if self._deterministic else _names_together(groups)
-        distinct: dict[_Name, dict[bytes, Ids]] = {}
-        image_of: dict[_Name, EncodedImage | None] = {}
-        for group, own in zip(groups, names, strict=True):
-            for row, name in zip(group.rows, own, strict=True):
-                distinct.setdefault(name, {}).setdefault(row.tobytes(), row)
-                image_of[name] = group.image
-        parts = []
-        place: dict[tuple[_Name, bytes], tuple[int, int]] = {}
-        for index, name in enumerate(sorted(distinct)):
-            contents = sorted(distinct[name])
-            place |= {(name, content): (index, row) for row, content in enumerate(contents)}
-            parts.append(self._part(name, image_of[name], [distinct[name][content] for content in contents]))
-        places = tuple(
-            tuple(place[name, row.tobytes()] for row, name in zip(group.rows, own, strict=True))
-            for group, own in zip(groups, names, strict=True)
-        )
-        return PreparedBatch(tuple(groups), tuple(parts), places, self._staged(parts))
+        groups = self._wrong.corrected(groups)
+        parts, places = parts_of(groups, fingerprint=self._fingerprint, alone=self._deterministic)
+        return PreparedBatch(tuple(groups), parts, places, self._staged(parts))
 
     def score(self, prepared: PreparedBatch) -> list[Scores]:
         """Scores of every group, in order. Nothing is kept of a batch with a score that is not finite.
@@ -195,8 +168,10 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         self._at_hand = _AtHand(prepared.staged)
         try:
             scores = self._score(prepared)
-            if self._at_hand.is_doubtful:  # what was made of something wrong is wrong as well, in this very batch
-                self.forget()
+            while self._at_hand.is_doubtful or self._wrong.are_in(prepared.groups):  # once, unless another picture is found wrong
+                self.forget()  # what was made of something wrong is wrong as well, in this very batch
+                prepared.staged.clear()
+                prepared = self.prepare(prepared.groups)
                 self._at_hand = _AtHand(prepared.staged)
                 scores = self._score(prepared)
             return scores
@@ -208,6 +183,11 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
                 self.forget()
             prepared.staged.clear()
             self._at_hand = _AtHand()
+
+    def correct(self, wrong: EncodedImage, right: EncodedImage) -> None:
+        """A picture was wrong that groups were encoded with: they get the right one, and nothing is kept. Safe across threads."""
+        self._wrong.add(wrong, right)  # before all is forgotten: a batch that ends in between keeps its own no longer than that
+        self.forget()
 
     def forget(self) -> None:
         """Something that was kept is wrong, or what it was made of: keep nothing. Safe across threads."""
@@ -230,7 +210,7 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
             self._learn(prepared.parts[index], outcomes[index], share, doubted, computed, sound=sound)
         return _Bill(prepared, outcomes).scores()
 
-    def _staged(self, parts: Sequence[_Part]) -> dict[str, Any]:
+    def _staged(self, parts: Sequence[Part]) -> dict[str, Any]:
         """Pictures on their way to the device by the time it wants them. Where there is no room they wait on the host instead."""
         images = {part.image.image_id: part.image for part in parts if part.image is not None and self._is_to_be_seen(part, part.image)}
         try:
@@ -238,32 +218,13 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         except OutOfMemory:
             return {}
 
-    def _is_to_be_seen(self, part: _Part, image: EncodedImage) -> bool:
+    def _is_to_be_seen(self, part: Part, image: EncodedImage) -> bool:
         """As far as is known now: what is kept may be gone by the time of the batch, or have come. Counts as no lookup."""
         caches = self._caches
         is_kept = caches.prefixes.holds(part.key) or caches.features.holds(self._image_key(image))
         return part.fresh or not (is_kept or all(map(caches.scores.holds, part.score_keys)))
 
-    def _part(self, name: _Name, image: EncodedImage | None, rows: Sequence[Ids]) -> _Part:
-        image_id, prompt = name.key
-        prefix = rows[0][: name.num_prefix]
-        if not all(np.array_equal(row[: name.num_prefix], prefix) for row in rows):
-            raise ValueError("rows of one image and prompt begin with different ids")
-        key = f"{self._fingerprint}:{image_id}:{prompt.hex()}"
-        if self._deterministic:  # the bits of a row depend on where it leaves its prefix
-            key = scope = f"{key}:{name.num_prefix}"
-        else:
-            scope = f"{self._fingerprint}:{image_id}"
-        return _Part(
-            key=key,
-            fresh=name.fresh,
-            image=image,
-            prefix_ids=prefix,
-            rows=tuple(rows),
-            score_keys=tuple(f"{scope}:{hashlib.sha256(row.tobytes()).hexdigest()}" for row in rows),
-        )
-
-    def _known(self, part: _Part) -> _Outcome:
+    def _known(self, part: Part) -> _Outcome:
         """The scores that are kept; what is due for an audit counts as unknown and is compared later."""
         if part.fresh:
             return _Outcome([None] * len(part.rows), [False] * len(part.rows), num_prefix=len(part.prefix_ids))
@@ -271,7 +232,7 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         is_known = [value is not None and not self._audits["scores"].is_due() for value in found]
         return _Outcome(found, is_known, num_prefix=len(part.prefix_ids))
 
-    def _share(self, part: _Part, outcome: _Outcome) -> tuple[Share[_Features, _KeysValues], KeptPrefix[_KeysValues] | None]:
+    def _share(self, part: Part, outcome: _Outcome) -> tuple[Share[_Features, _KeysValues], KeptPrefix[_KeysValues] | None]:
         """What the backend shall compute, and a kept prefix that is computed again to be compared."""
         rows = tuple(row for row, known in zip(part.rows, outcome.is_known, strict=True) if not known)
         if part.fresh:
@@ -292,41 +253,41 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         lead = self._lead_of(part, outcome) if doubted is None else self._fresh_lead(part, outcome)  # an audit doubts the beginning, too
         return Share(part.prefix_ids, rows, part.image, features, None, lead), doubted
 
-    def _behind(
-        self, part: _Part, rows: tuple[Ids, ...], kept: KeptPrefix[_KeysValues], outcome: _Outcome
-    ) -> Share[_Features, _KeysValues]:
-        """Rows behind a kept prefix; one that is much too short is lengthened first, or it would stay so for all who come later.
+    def _behind(self, part: Part, rows: tuple[Ids, ...], kept: KeptPrefix[_KeysValues], outcome: _Outcome) -> Share[_Features, _KeysValues]:
+        """Rows behind a kept prefix. One that is too short is lengthened first, unless what its rows then compute each is next to nothing,
+        less than `_MIN_LEAD` together and less than the prefix, which is what the batch was planned to compute.
 
         Never where bits must not depend on what is kept: there a key holds the length of its prefix.
         """
         num_missing = len(part.prefix_ids) - len(kept.ids)
-        if num_missing < _MIN_LEAD:
+        if num_missing * len(rows) < max(1, min(_MIN_LEAD, len(part.prefix_ids))):
             return Share(part.prefix_ids, rows, part.image, None, kept)
         outcome.num_new_prefix = num_missing
         return Share(part.prefix_ids, rows, part.image, None, None, lead=kept)
 
-    def _lead_of(self, part: _Part, outcome: _Outcome) -> KeptPrefix[_KeysValues] | None:
+    def _lead_of(self, part: Part, outcome: _Outcome) -> KeptPrefix[_KeysValues] | None:
         """What is known of the beginning of a prefix. Whoever asks first pays for it."""
-        if self._lead is not None and self._begins_with_lead(part):
-            outcome.num_new_prefix -= len(self._lead.ids)
-            return self._lead
+        lead = self._lead  # once: other threads may take it away
+        if lead is not None and self._begins_with_lead(part):
+            outcome.num_new_prefix -= len(lead.ids)
+            return lead
         return self._fresh_lead(part, outcome)
 
-    def _fresh_lead(self, part: _Part, outcome: _Outcome) -> KeptPrefix[_KeysValues] | None:
+    def _fresh_lead(self, part: Part, outcome: _Outcome) -> KeptPrefix[_KeysValues] | None:
         """The beginning computed in this batch, once; a kept one is held against it."""
         if self._lead_ids is None or not self._begins_with_lead(part):
             return None
         if self._at_hand.made_lead is None:
             (computed,) = self._backend.forward([Share(self._lead_ids, (), None, None, None)])
-            self._at_hand.made_lead = computed.prefix
-            if self._lead is not None:
-                self._compare("prefixes", self._lead.keys_values, computed.prefix.keys_values)
+            self._at_hand.made_lead, kept = computed.prefix, self._lead
+            if kept is not None:
+                self._compare("prefixes", kept.keys_values, computed.prefix.keys_values)
         else:
             outcome.num_elsewhere = len(self._lead_ids)
             outcome.num_new_prefix -= len(self._lead_ids)
         return self._at_hand.made_lead
 
-    def _begins_with_lead(self, part: _Part) -> bool:
+    def _begins_with_lead(self, part: Part) -> bool:
         ids = self._lead_ids
         return ids is not None and len(part.prefix_ids) > len(ids) and np.array_equal(part.prefix_ids[: len(ids)], ids)
 
@@ -367,7 +328,7 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
 
     def _learn(
         self,
-        part: _Part,
+        part: Part,
         outcome: _Outcome,
         share: Share[_Features, _KeysValues],
         doubted: KeptPrefix[_KeysValues] | None,
@@ -384,7 +345,8 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         if share.kept is None:
             if sound:
                 self._keep(part, share, computed.prefix)
-                self._lead = self._at_hand.made_lead or self._lead
+                if self._at_hand.made_lead is not None:
+                    self._lead = self._at_hand.made_lead
         else:
             outcome.num_prefix = min(outcome.num_prefix, len(share.kept.ids))
         fresh = iter(computed.scores)
@@ -392,7 +354,7 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
             if not known:
                 self._take(outcome, index, key, next(fresh), sound=sound)
 
-    def _keep(self, part: _Part, share: Share[_Features, _KeysValues], prefix: KeptPrefix[_KeysValues]) -> None:
+    def _keep(self, part: Part, share: Share[_Features, _KeysValues], prefix: KeptPrefix[_KeysValues]) -> None:
         if share.num_prefix:
             self._caches.prefixes.put(part.key, prefix)
         if share.image is not None and share.features is not None:
@@ -408,31 +370,11 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         if kept is not None and math.isfinite(score):
             agrees = abs(kept - score) <= self._score_tolerance * max(1.0, abs(kept))
             self._audits["scores"].record(agrees=agrees, what=f"{kept} was kept, {score} is computed now")
+            self._at_hand.is_doubtful |= not agrees
             score = kept if agrees else score  # looking again must not change an answer: equal captions keep equal bits
         outcome.scores[index] = score
         if sound:
             self._caches.scores.put(key, score)
-
-
-class _Name(NamedTuple):
-    """What rows must have in common to stand together; its order is the batch's."""
-
-    key: Key
-    num_prefix: int
-    fresh: bool
-
-
-def _names_together(groups: Sequence[EncodedGroup]) -> list[list[_Name]]:
-    """Rows of one image and prompt stand together, behind the prefix that all of them share."""
-    shortest: dict[Key, int] = {}
-    for group in groups:
-        shortest[group.key] = min(group.num_prefix, shortest.get(group.key, group.num_prefix))
-    return [[_Name(group.key, shortest[group.key], group.fresh)] * len(group.rows) for group in groups]
-
-
-def _names_alone(groups: Sequence[EncodedGroup]) -> list[list[_Name]]:
-    """Every row behind its own prefix, whatever its company."""
-    return [[_Name(group.key, own, group.fresh) for own in group.row_prefixes or [group.num_prefix] * len(group.rows)] for group in groups]
 
 
 class _Bill:

@@ -132,7 +132,7 @@ def build(parts: Parts, engine: Engine, scorer: TensorScorer, lane: Lane, common
         metrics=metrics,
         monitors=common.monitors,
         audit_every=settings.cache_audit_every,
-        forget=scorer.forget,
+        correct=scorer.correct,
         model=parts.name,
         fetcher=common.fetcher,
     )

@@ -120,13 +120,13 @@ class ScoringService:
         metrics: Metrics,
         monitors: RunMonitors,
         audit_every: int = 0,
-        forget: Callable[[], None] = lambda: None,
+        correct: Callable[[EncodedImage, EncodedImage], None] = lambda wrong, right: None,
         model: str = "",
         fetcher: Fetcher | None = None,
     ) -> None:
         """`model`: its name in metrics. `fetcher`: gets images by their addresses; without one they are refused.
 
-        `forget`: called when kept pixels were wrong; whatever was made of them must go as well.
+        `correct`: called with kept pixels that were wrong and the right ones; whatever was made of the former must go as well.
         """
         self.model = model
         self._config = config
@@ -139,7 +139,7 @@ class ScoringService:
         self._pool = pool
         self._max_batch_tokens = max_batch_tokens
         self._metrics = metrics
-        self._forget = forget
+        self._correct = correct
         self._fetcher = fetcher
         self.monitors = monitors
         self._pixel_audit = Audit("pixels", audit_every, metrics, model)
@@ -400,7 +400,7 @@ class ScoringService:
         self._pixel_audit.record(agrees=agrees)
         self._pixel_cache.put(name, fresh)
         if not agrees:
-            self._forget()
+            self._correct(known, fresh)
         return fresh
 
     def _decoded(self, data: bytes) -> EncodedImage:

@@ -44,6 +44,7 @@ TABLE = (
     (
         "planning",
         "caches",
+        "parts",
         "reuse",
         "budgets",
         "machine",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,17 @@ def test_the_start_was_watched(loopback: Loopback) -> None:
 
 def test_the_callers_thread_computes_as_the_servers_do(loopback: Loopback) -> None:
     assert torch.get_num_threads() == loopback.runtime.settings.num_threads == 1
+
+
+def test_nobody_else_uses_the_servers_parts_while_nothing_is_asked(tmp_path: Path) -> None:
+    """The canary would look a dozen times meanwhile, on the engine and the processors of whoever times a direct call."""
+    artifact = write_artifact(TINY, tmp_path / "artifact")
+    with serving(Settings(model=str(artifact), device="cpu", dtype="float32", canary_s=0.02)) as found:
+        registry = found.runtime.metrics.registry
+        before = registry.get_sample_value("reward_batches_total", {"outcome": "ok"})
+        time.sleep(1)
+        assert before
+        assert registry.get_sample_value("reward_batches_total", {"outcome": "ok"}) == before
 
 
 def test_a_refused_start_is_raised_and_leaves_no_thread(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from typing import Any, ClassVar
 
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
@@ -46,10 +45,10 @@ def row_of(prompt: int, caption: str) -> tuple[Ids, int]:
     return np.array([*prefix[:own], *(each + 25 for each in prefix[own:]), *caption.encode()], dtype=np.int64), own
 
 
-def group_of(image: str, prompt: int, captions: Sequence[str]) -> EncodedGroup:
+def group_of(image: str, prompt: int, captions: Sequence[str], *, fresh: bool = False) -> EncodedGroup:
     rows, own = zip(*(row_of(prompt, caption) for caption in captions), strict=True)
     encoded = EncodedImage(image, np.zeros((1, 1), np.float32), (1, 1, 1), 1)
-    return EncodedGroup((image, bytes([prompt])), encoded, rows, min(own), row_prefixes=own)
+    return EncodedGroup((image, bytes([prompt])), encoded, rows, min(own), row_prefixes=own, fresh=fresh)
 
 
 class Device:
@@ -61,6 +60,7 @@ class Device:
     def __init__(self, fingerprint: str) -> None:
         self.fingerprint = fingerprint
         self.max_rows = UNBOUNDED
+        self.max_tokens = 0  # that a forward may compute
         self.fault: str | None = None
         self.is_crowded = False
         self.refused: set[tuple[str, bytes]] = set()  # rows given NaN in this forward: (image id, ids)
@@ -79,6 +79,7 @@ class Device:
             raise OutOfMemory("the device is full")
         if self.fault == "raise":
             raise ValueError("a broken forward")
+        assert sum(map(num_computed, shares)) <= self.max_tokens
         return [self._computed(share) for share in shares]
 
     def _computed(self, share: Share[Features, KeysValues]) -> Computed[KeysValues]:
@@ -116,6 +117,13 @@ class Device:
         return first[:2] == second[:2] and all(kept[: len(fresh)] == fresh[: len(kept)] for kept, fresh in ids)
 
 
+def num_computed(share: Share[Features, KeysValues]) -> int:
+    """Tokens: of a prefix that is not kept what its beginning leaves, and every row from where it leaves what is known."""
+    num_known = share.num_prefix if share.kept is None else min(share.num_prefix, len(share.kept.ids))
+    num_new_prefix = 0 if share.kept is not None else share.num_prefix - (len(share.lead.ids) if share.lead else 0)
+    return num_new_prefix + sum(len(row) - num_known for row in share.rows)
+
+
 class WatchedCache(ByteBoundedCache[Any]):
     """Counts what is kept."""
 
@@ -131,7 +139,10 @@ GROUPS = st.builds(
     group_of,
     st.sampled_from(["x", "y"]),
     st.integers(0, 1),
-    st.lists(st.sampled_from(["a", "aaaa", "bb", "c"]), min_size=1, max_size=4) | st.sampled_from([["c"], ["cc"], ["aa"]]),
+    st.lists(st.sampled_from(["a", "aaaa", "bb", "c"]), min_size=1, max_size=4)
+    | st.sampled_from([["c"], ["cc"], ["ccc"], ["bb"]])
+    | st.just(list("adefghijklmnopqrstuvwxyz")),  # more than a prefix has tokens
+    fresh=st.sampled_from([False, False, False, True]),
 )
 
 
@@ -229,7 +240,7 @@ class StatesMachine(RuleBasedStateMachine):
         assert jobs == list(plan.batch)
         assert jobs[0] is live[0]
         assert [piece.group for piece in batch.pieces] == [job.group for job in jobs]
-        assert len(jobs) == 1 or num_tokens(jobs) <= self.budget
+        assert len(jobs) == 1 or num_tokens([job.group for job in jobs]) <= self.budget
         assert plan.is_full or self.running is None
         self.planned.update(jobs)
 
@@ -272,6 +283,7 @@ class StatesMachine(RuleBasedStateMachine):
         device = self.devices[model]
         device.fault = None if fault == "nan" and self.audits else fault  # an audit that meets a NaN is a mismatch, and rightly counted
         device.max_rows, device.refused = max_rows, set()
+        device.max_tokens = num_tokens(batch.groups)
         kept = self.num_kept()
         try:
             outcomes = batch.check(self.scorers[model].score(prepared))
@@ -326,7 +338,7 @@ class StatesMachine(RuleBasedStateMachine):
     @rule(max_rows=st.sampled_from([UNBOUNDED, UNBOUNDED, 2, 1]))
     def catch_up(self, max_rows: int) -> None:
         """Everybody does what is to be done, without faults but perhaps with little memory, until nothing is left."""
-        for _ in range(50 * len(self.jobs) + 10):
+        for _ in range(300 * len(self.jobs) + 10):
             if self.running:
                 self.finish(None, max_rows)
             elif self.core.wants_start:
@@ -389,13 +401,13 @@ class StatesMachine(RuleBasedStateMachine):
         assert all(self.answers[job] or job.future.cancelled() for job in self.jobs)
 
 
-def num_tokens(jobs: Sequence[Job]) -> int:
-    """Each prefix once, as short as the shortest of its jobs; then what is left of every row."""
+def num_tokens(groups: Sequence[EncodedGroup]) -> int:
+    """Each prefix once, as short as the shortest of its groups, again for those that use nothing kept; then what is left of every row."""
     total = 0
-    for key in {job.group.key for job in jobs}:
-        groups = [job.group for job in jobs if job.group.key == key]
-        shared = min(group.num_prefix for group in groups)
-        total += shared + sum(len(row) - shared for group in groups for row in group.rows)
+    for name in {(group.key, group.fresh) for group in groups}:
+        same = [group for group in groups if (group.key, group.fresh) == name]
+        shared = min(group.num_prefix for group in same)
+        total += shared + sum(len(row) - shared for group in same for row in group.rows)
     return total
 
 
@@ -449,7 +461,6 @@ StatesMachine.TestCase.settings = settings(max_examples=100, stateful_step_count
 TestStates = StatesMachine.TestCase
 
 
-@pytest.mark.slow
 def test_100_000_steps() -> None:
     StatesMachine.num_steps = 0
     thorough = settings(
@@ -461,4 +472,4 @@ def test_100_000_steps() -> None:
     beginnings = {"of all": Device.num_with_lead, "kept too short": Device.num_lengthened}
     print(f"{StatesMachine.num_steps:,} steps, hits: {hits}, beginnings: {beginnings}")
     assert all(count > 300 for count in hits.values())
-    assert all(count > 50 for count in beginnings.values())
+    assert all(count > 20 for count in beginnings.values())

@@ -45,6 +45,7 @@ class FakeBackend:
     rounding: bool = False
     unsound: dict[bytes, float] = field(default_factory=dict)  # rows that get such a score
     fault: Exception | None = None  # of the next call
+    meanwhile: Callable[[], None] = lambda: None  # what another thread does while the next forward runs
     forwards: list[tuple[FakeShare, ...]] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)
     num_tokens: int = 0
@@ -63,11 +64,13 @@ class FakeBackend:
         assert staged in (None, f"staged {image.image_id}")
         self.used += [] if staged is None else [image.image_id]
         self.pictures.append(image.image_id)
-        return image.image_id
+        return f"{image.image_id} gone wrong" if image.patches.any() else image.image_id
 
     def forward(self, shares: Sequence[FakeShare]) -> list[Computed[KeysValues]]:
         self._fail()
         self.forwards.append(tuple(shares))
+        meanwhile, self.meanwhile = self.meanwhile, lambda: None
+        meanwhile()
         return [self._answer(share, place) for place, share in enumerate(shares)]
 
     def agree(self, first: Any, second: Any, *, exact: bool) -> bool:
@@ -561,6 +564,17 @@ def test_a_wrong_score_is_counted_and_replaced(caplog: pytest.LogCaptureFixture,
     assert here.audits("scores") == (3, 1)
 
 
+@both
+def test_one_wrong_score_casts_doubt_on_all(deterministic: bool) -> None:
+    here, asked = world(deterministic=deterministic, audit_every=2), group("cat", "ab", ["x", "yy"])
+    here.score(asked)
+    for key in list(here.scores.kept):
+        here.scores.put(key, 5.0)
+    assert values(here.score(asked)) == [wanted(asked)]  # the one that was not looked at as well, in this very batch
+    assert values(here.score(asked)) == [wanted(asked)]
+    assert here.audits("scores") == (2, 1)
+
+
 @pytest.mark.parametrize(("deterministic", "off", "is_wrong"), [(False, 1e-7, 0), (False, 1e-5, 1), (True, 1e-7, 1), (True, 0.0, 0)])
 def test_the_tolerance_of_scores_is_none_where_bits_must_agree(deterministic: bool, off: float, is_wrong: int) -> None:
     here, asked = world(deterministic=deterministic, audit_every=1), group("cat", "ab", ["x"])
@@ -818,3 +832,100 @@ def test_when_memory_runs_out_what_is_kept_on_the_device_is_given_up() -> None:
     assert sizes == {"features": 0, "prefixes": 0, "scores": 1}
     again = group("cat", "a", ["x", "y"])
     assert here.score(again)[0].values == wanted(again)
+
+
+# What turns out to be wrong, or is taken away, while others wait or run
+
+
+def gone_wrong(asked: EncodedGroup) -> tuple[EncodedGroup, EncodedImage, EncodedImage]:
+    """The same group encoded with other pixels under the same id, those pixels, and the right ones."""
+    assert asked.image is not None
+    wrong = replace(asked.image, patches=np.ones_like(asked.image.patches))
+    return replace(asked, image=wrong), wrong, asked.image
+
+
+@both
+@pytest.mark.parametrize("when", ["waiting", "ready", "running"])
+def test_what_was_encoded_with_a_wrong_picture_gets_the_right_one(deterministic: bool, when: str) -> None:
+    here, asked = world(deterministic=deterministic), group("cat", "ab", ["x", "yy"])
+    encoded, wrong, right = gone_wrong(asked)
+    if when == "waiting":
+        here.scorer.correct(wrong, right)
+    ready = here.scorer.prepare([encoded, group("dog", "ab", ["x"])])
+    if when == "ready":
+        here.scorer.correct(wrong, right)
+    if when == "running":
+        here.backend.meanwhile = lambda: here.scorer.correct(wrong, right)
+    assert values(here.scorer.score(ready)) == [wanted(asked), wanted(group("dog", "ab", ["x"]))]
+    later = group("cat", "c", ["x"]), group("cat", "ab", ["new", "x"])
+    assert [values(here.score(each)) for each in later] == [[wanted(each)] for each in later]
+
+
+def test_another_picture_of_the_same_id_is_left_alone() -> None:
+    """Only what was encoded with the very pixels that were found wrong is changed, and the last sixteen are known."""
+    here, asked = world(), group("cat", "ab", ["x"])
+    encoded, wrong, right = gone_wrong(asked)
+    for _ in range(16):
+        here.scorer.correct(replace(wrong), right)
+    assert values(here.score(encoded)) != [wanted(asked)]
+    here.scorer.correct(wrong, right)
+    assert values(here.score(encoded)) == [wanted(asked)]
+
+
+class Fleeting:
+    """A kept beginning that another thread takes away when it is looked at."""
+
+    def __init__(self, prefix: KeptPrefix[KeysValues], backend: FleetingBackend) -> None:
+        self.keys_values, self.num_bytes = prefix.keys_values, prefix.num_bytes
+        self._ids, self._backend = prefix.ids, backend
+
+    @property
+    def ids(self) -> Ids:
+        self._backend.take_away()
+        return self._ids
+
+
+@dataclass(slots=True)
+class FleetingBackend(FakeBackend):
+    """Every prefix without rows, as that of what all groups begin with, is fleeting."""
+
+    take_away: Callable[[], None] = lambda: None
+
+    def forward(self, shares: Sequence[FakeShare]) -> list[Computed[KeysValues]]:
+        found: Any = FakeBackend.forward(self, shares)
+        pairs = zip(shares, found, strict=True)
+        return [each if share.rows else replace(each, prefix=Fleeting(each.prefix, self)) for share, each in pairs]
+
+
+def test_the_beginning_may_be_taken_away_at_any_moment() -> None:
+    """As encode threads do where pixels were wrong, and the device thread where another model's memory ran out."""
+    backend = FleetingBackend()
+    here = world(max_bytes=(1 << 20, 0, 0), backend=backend)
+    first, second = group("cat", "longa", ["x"]), group("cat", "longb", ["x"])
+    assert values(here.score(first)) == [wanted(first)]
+    backend.take_away, before = here.scorer.make_room, backend.num_tokens
+    (scores,) = here.score(second)
+    assert scores.values == wanted(second)
+    assert scores.num_computed_tokens == backend.num_tokens - before
+
+
+@pytest.mark.parametrize("num_captions", [1, 7, 40])
+def test_a_kept_prefix_that_is_too_short_costs_no_more_than_the_prefix(num_captions: int) -> None:
+    """A planner counts the prefix once and every row behind it, whatever is kept."""
+    here = world()
+    here.score(group("cat", "abcd", ["=x"]))  # two tokens of the prompt merge into it
+    before = here.backend.num_tokens
+    asked = group("cat", "abcd", [chr(ord("A") + number) for number in range(num_captions)])
+    (scores,) = here.score(asked)
+    assert scores.values == wanted(asked)
+    assert here.backend.num_tokens - before <= num_captions + 7
+    assert scores.num_computed_tokens == here.backend.num_tokens - before
+
+
+def test_what_uses_nothing_kept_stands_behind_its_own_prefix() -> None:
+    """As it was planned: not behind the shorter one of a group beside it, where each of its rows would compute more."""
+    here = world()
+    usual, fresh = group("cat", "abcd", ["=x"]), group("cat", "abcd", ["y", "z", "yy", "zz"], fresh=True)
+    scores = here.score(usual, fresh)
+    assert values(scores) == [wanted(usual), wanted(fresh)]
+    assert here.backend.num_tokens == usual.num_tokens + fresh.num_tokens

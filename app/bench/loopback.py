@@ -1,6 +1,7 @@
 """The whole server in a thread of this process, on a port of the loopback interface, and a client that asks it.
 
-Whoever starts it gets the running server's own parts as well, so that direct calls and HTTP share one loaded model.
+Whoever starts it gets the running server's own parts as well, so that direct calls and HTTP share one loaded model. They are his
+alone while he asks nothing over HTTP: there is no canary, which would use them while he times a call.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,10 +25,10 @@ from app.bench.memory import Peak, PeakMemory
 from app.bench.workload import Request
 from app.contracts import Scores
 from app.errors import ScoringFailed
-from app.machine import num_processors
+from app.machine import num_processors, quiet_collector
 from app.main import Runtime, running
 from app.model import resolve_device
-from app.serving import application
+from app.serving import config_of
 from app.settings import Settings
 
 HOST = "127.0.0.1"
@@ -57,16 +58,24 @@ class Loopback:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that says when it answers."""
+    """uvicorn that says when it answers, its collector of cycles as quiet as that of `punchline serve`."""
 
     def __init__(self, config: uvicorn.Config, found: Future[Loopback], loopback: Loopback) -> None:
         super().__init__(config)
         self._found = found
         self._loopback = loopback
+        self._undo: Callable[[], None] = lambda: None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._undo = quiet_collector()
         self._found.set_result(self._loopback)
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().serve(sockets)
+        finally:
+            self._undo()
 
 
 @contextmanager
@@ -75,6 +84,7 @@ def serving(settings: Settings) -> Iterator[Loopback]:
 
     torch keeps its number of threads for each thread by itself: the caller's is made that of the server's.
     """
+    settings = settings.model_copy(update={"canary_s": 0.0})
     torch.set_num_threads(settings.num_threads or num_processors())
     found: Future[Loopback] = Future()
     stop = threading.Event()
@@ -107,8 +117,7 @@ async def _serve(settings: Settings, found: Future[Loopback], stop: threading.Ev
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
             listener.bind((HOST, 0))
             url = f"http://{HOST}:{listener.getsockname()[1]}"
-            config = uvicorn.Config(application(runtime), log_config=None, access_log=False, server_header=False)
-            server = _Server(config, found, Loopback(runtime, url, Startup(seconds, peak)))
+            server = _Server(config_of(runtime), found, Loopback(runtime, url, Startup(seconds, peak)))
             serve = asyncio.create_task(server.serve(sockets=[listener]))
             await asyncio.wait({serve, asyncio.create_task(asyncio.to_thread(stop.wait))}, return_when=asyncio.FIRST_COMPLETED)
             server.should_exit = True
