@@ -195,6 +195,7 @@ class ScoringService:
                 if on_item_error == "fail":
                     _raise_first(requests, prepared)
                 jobs = await self._run(prepared, deadline)
+        self._metrics.tokens.labels(self.model, "requested").inc(sum(group.num_repeated_tokens for group in prepared))
         _note_times(jobs, timing)
         return [_result(group, own) for group, own in zip(prepared, jobs, strict=True)]
 

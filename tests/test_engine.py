@@ -569,6 +569,30 @@ def test_agreement(worlds: Worlds) -> None:
     half = one.bfloat16()
     assert agree(half, (half.float() * (1 + 0.01 * noise)).bfloat16(), exact=False)
     assert not agree(half, -half, exact=False)
+    for right in (one, half):
+        for token in (3, right.shape[2] - 1):
+            wrong = right.clone()
+            wrong[-1, 1, token] = 0.0  # in one layer, of the values alone
+            assert not agree(right, wrong, exact=False)
+            wrong[-1, 1, token] = right[-1, 1, token - 2]
+            assert not agree(right, wrong, exact=False)
+
+
+def test_one_wrong_token_of_hundreds_does_not_agree_but_the_last_bit_of_all_does(worlds: Worlds) -> None:
+    agree = worlds("vision").engine.agree
+    torch.manual_seed(5)
+    own = torch.randn(600, 64)
+    for common in (0.0, 300.0):  # keys have a bias that may be much larger than what tokens differ by
+        kept = (own + common).bfloat16()
+        step = torch.finfo(torch.bfloat16).eps
+        assert agree(kept, (kept.float() * (1 + step / 2)).bfloat16(), exact=False)
+        for token, wrong in ((0, kept[1] * 0), (599, -kept[599]), (7, kept[7] + 0.1 * kept[7].norm())):
+            found = kept.clone()
+            found[token] = wrong
+            assert not agree(kept, found, exact=False)
+    found = (own + 300).clone()
+    found[17] = found[18]
+    assert not agree(own + 300, found, exact=False)
 
 
 # Deterministic

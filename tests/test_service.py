@@ -177,6 +177,7 @@ async def test_equal_captions_of_a_group_have_equal_bits_in_whatever_pieces_it_i
     assert len(set(scores.values())) == 3
     assert sum(len(group.rows) for batch in scorer.calls for group in batch) == 3
     assert found.num_tokens == len(captions) * (PREFIX + len("x1") + 1)
+    assert stack.bench.sample("reward_tokens_total", kind="requested") == found.num_tokens
 
 
 async def test_concurrent_single_captions_of_one_image_are_one_batch() -> None:

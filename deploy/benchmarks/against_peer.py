@@ -10,6 +10,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -89,13 +90,31 @@ class Usage:
     num_cached: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Groups asked at once: seconds for all of them, what they cost, and the scores of each."""
+
+    seconds: float
+    usage: Usage
+    scores: list[list[float]]
+
+
 @dataclass(slots=True)
 class Cell:
-    """What one side needed for one row: seconds a group in each round, and the tokens of a group."""
+    """What one side needed for one row: seconds a group in each round, the tokens of a group, and the scores of every group."""
 
     seconds: list[float] = field(default_factory=list)
     num_tokens: int = 0
     num_cached: int = 0  # the most that a group took from a cache
+    scores: list[list[float]] = field(default_factory=list)
+
+    def add(self, measured: Measured) -> None:
+        """A round."""
+        num_groups = len(measured.scores)
+        self.seconds.append(measured.seconds / num_groups)
+        self.num_tokens = measured.usage.num_tokens // num_groups
+        self.num_cached = max(self.num_cached, measured.usage.num_cached // num_groups)
+        self.scores += measured.scores
 
     @property
     def median(self) -> float:
@@ -262,16 +281,18 @@ def _is_finite(score: Any) -> bool:
     return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
 
 
-async def timed(client: httpx.AsyncClient, server: Server, works: Sequence[Work], where: str) -> tuple[float, Usage]:
+async def timed(client: httpx.AsyncClient, server: Server, works: Sequence[Work], where: str) -> Measured:
     """Seconds from the first byte sent to the last answer read, of all groups at once; bodies are made before, answers checked after."""
     asked = [server.requests(client, work) for work in works]
     began = time.perf_counter()
     sent = await _all(client, [request for requests in asked for request in requests], where)
     seconds = time.perf_counter() - began
-    answers, usage = iter(sent), Usage()
+    answers, usage, scores = iter(sent), Usage(), []
     for work, requests in zip(works, asked, strict=True):
-        check_scores(_read(server, work, [next(answers) for _ in requests], usage, where), work, where)
-    return seconds, usage
+        found = _read(server, work, [next(answers) for _ in requests], usage, where)
+        check_scores(found, work, where)
+        scores.append(found)
+    return Measured(seconds, usage, scores)
 
 
 async def _all(client: httpx.AsyncClient, requests: Sequence[httpx.Request], where: str) -> list[httpx.Response]:
@@ -415,11 +436,9 @@ async def _turn(server: Server, side: Side, works: dict[Kind, list[Work]], case:
         num_requests = sum(server.num_requests(work) for work in works["cold"])
         await _open_connections(client, server, num_requests, f"{side} at {server.url}")
         for kind in KINDS:
-            seconds, usage = await timed(client, server, works[kind], f"{side} at {server.url}, {case.name(kind)}")
+            measured = await timed(client, server, works[kind], f"{side} at {server.url}, {case.name(kind)}")
             if kind in cells:
-                cells[kind].seconds.append(seconds / case.num_images)
-                cells[kind].num_tokens = usage.num_tokens // case.num_images
-                cells[kind].num_cached = max(cells[kind].num_cached, usage.num_cached // case.num_images)
+                cells[kind].add(measured)
 
 
 async def _open_connections(client: httpx.AsyncClient, server: Server, num_connections: int, where: str) -> None:
@@ -450,7 +469,7 @@ def as_text(table: Table, plan: Plan, servers: dict[Side, Server]) -> str:
     ]
     turns = "; ".join(" ".join(plan.order(index)) for index in range(plan.num_rounds))
     lines += [f"ours {servers['ours'].url}, peer {servers['peer'].url} ({type(servers['peer']).__name__}), seed {plan.seed}"]
-    lines += [f"{plan.num_rounds} rounds, turns: {turns}", _tokens_line(table), f"client on {hardware()}"]
+    lines += [f"{plan.num_rounds} rounds, turns: {turns}", _tokens_line(table), str(agreement(table)), f"client on {hardware()}"]
     return "\n".join(lines)
 
 
@@ -458,11 +477,47 @@ def _tokens_line(table: Table) -> str:
     """By it one sees that both were given the same work, and that cold was cold."""
     cold = {name: row for name, row in table.items() if name.endswith("cold")}
     counted = [
-        f"{name.removesuffix(' cold')}: {row['ours'].num_tokens:,} and {row['peer'].num_tokens or '?':,}" for name, row in cold.items()
+        f"{name.removesuffix(' cold')}: {row['ours'].num_tokens:,} and {_or_unknown(row['peer'].num_tokens)}" for name, row in cold.items()
     ]
     cached = max(row["ours"].num_cached for row in cold.values())
     return (
         f"tokens of a group's captions scored apart, ours and peer: {'; '.join(counted)}; ours took {cached:,} of a cold group from a cache"
+    )
+
+
+def _or_unknown(number: int) -> str:
+    return f"{number:,}" if number else "?"
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """By it one sees whether both serve one model. A quick answer that is another answer is none."""
+
+    largest: float  # difference of a caption's two scores
+    spread: float  # median over the groups of the standard deviation within one, of ours
+    same_order: float  # share of the pairs of a group that both put in the same order; NaN without pairs
+
+    def __str__(self) -> str:
+        pairs = "" if math.isnan(self.same_order) else f", {self.same_order:.1%} of the pairs in the same order"
+        return f"scores of both differ by at most {self.largest:.2g}, those of a group among themselves by {self.spread:.2g}{pairs}"
+
+
+def agreement(table: Table) -> Agreement:
+    """Of every group of every round."""
+    groups = [
+        (np.array(ours), np.array(peer))
+        for row in table.values()
+        for ours, peer in zip(row["ours"].scores, row["peer"].scores, strict=True)
+    ]
+    pairs = [
+        (ours[first] < ours[second]) == (peer[first] < peer[second])
+        for ours, peer in groups
+        for first, second in itertools.combinations(range(len(ours)), 2)
+    ]
+    return Agreement(
+        largest=max((float(np.abs(ours - peer).max()) for ours, peer in groups), default=math.nan),
+        spread=statistics.median(float(ours.std()) for ours, _ in groups) if groups else math.nan,
+        same_order=statistics.fmean(pairs) if pairs else math.nan,
     )
 
 
@@ -485,6 +540,7 @@ def as_json(table: Table, plan: Plan, servers: dict[Side, Server]) -> dict[str, 
         "seed": plan.seed,
         "turns": turns,
         "client": hardware(),
+        "agreement": {name: None if math.isnan(value) else value for name, value in asdict(agreement(table)).items()},
         "rows": rows,
     }
 
@@ -562,9 +618,9 @@ def run(arguments: argparse.Namespace) -> None:
     processes = Processes({"ours": arguments.pause_pid_ours, "peer": arguments.pause_pid_peer}, arguments.settle)
     with releasing(processes):
         table = asyncio.run(compare(plan, servers, processes))
-    print(as_text(table, plan, servers))
     if arguments.json:
         arguments.json.write_text(json.dumps(as_json(table, plan, servers), indent=1) + "\n", encoding="utf-8")
+    print(as_text(table, plan, servers))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

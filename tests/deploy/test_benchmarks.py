@@ -194,6 +194,39 @@ def test_medians_and_ratios_of_known_seconds() -> None:
     assert against_peer.lowest_ratio(row) == 1.0
 
 
+def test_a_peer_that_does_not_count_tokens_is_compared_all_the_same(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def silent(path: str, request: Request) -> Any:
+        return {name: value for name, value in vllm(path, request).items() if name != "usage"}
+
+    pair.peer.reply = silent
+    assert pair.run("--groups", "3", "--images", "2", "--json", str(tmp_path / "peer.json")) == 0
+    assert "3: 900 and ?; 2 images x 3: 900 and ?" in capsys.readouterr().out
+    assert json.loads((tmp_path / "peer.json").read_text())["rows"][0]["peer"]["tokens"] == 0
+
+
+def test_the_scores_of_both_are_held_against_each_other(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def alike(path: str, request: Request) -> Any:
+        _, text = shown(request)
+        caption = text.split(against_peer.CAPTION_MARK)[1].removesuffix(against_peer.TAIL)
+        return {"data": [{"probs": [len(caption) + 0.25]}]}
+
+    pair.peer.reply = alike
+    assert pair.run("--groups", "3", "--images", "2", "--json", str(tmp_path / "peer.json")) == 0
+    assert "scores of both differ by at most 0.25, those of a group among themselves by " in capsys.readouterr().out
+    found = json.loads((tmp_path / "peer.json").read_text())["agreement"]
+    assert (found["largest"], found["same_order"]) == (0.25, 1.0)
+    assert found["spread"] > 1
+
+
+def test_the_agreement_of_known_scores() -> None:
+    ours, peer = against_peer.Cell(scores=[[1.0, 2.0, 4.0], [5.0]]), against_peer.Cell(scores=[[1.0, 3.0, 2.5], [4.0]])
+    found = against_peer.agreement({"3 cold": {"ours": ours, "peer": peer}})
+    assert (found.largest, found.same_order) == (1.5, pytest.approx(2 / 3))
+    assert found.spread == pytest.approx(statistics.pstdev([1, 2, 4]) / 2)
+    lone = against_peer.agreement({"1 cold": {side: against_peer.Cell(scores=[[1.0]]) for side in ("ours", "peer")}})
+    assert str(lone) == "scores of both differ by at most 0, those of a group among themselves by 0"
+
+
 def test_the_sides_take_turns_and_swap_who_goes_first(pair: Pair) -> None:
     assert pair.run("--groups", "2", "--images", "2", "--rounds", "2") == 0
     # warm-up; then two cases a round: ours first in the first round, the peer first in the second, so it has two turns in a row
