@@ -48,8 +48,10 @@ def share_out(
     usable = int(left_bytes * (1 - _RESERVE)) - (prefix_cache_bytes or 0) - (feature_cache_bytes or 0)
     tokens = min(max_batch_tokens, int(max(0, usable) * _MAX_BATCH_SHARE) // max(1, bytes_per_token))
     if tokens < min(min_batch_tokens, max_batch_tokens):
+        settled = (("PREFIX", prefix_cache_bytes), ("FEATURE", feature_cache_bytes))
+        taken = "".join(f", less PUNCHLINE_{name}_CACHE_BYTES={size}" for name, size in settled if size)
         raise SettingsInvalid(
-            f"{left_bytes >> 20} MiB are left beside the model and its caches: "
+            f"{left_bytes >> 20} MiB are left beside the model and its other caches{taken}: "
             f"room for {tokens} tokens in a batch, and one caption may need {min_batch_tokens}"
         )
     batch_bytes = tokens * bytes_per_token

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from cachetools import LRUCache
@@ -14,6 +15,15 @@ from app.metrics import Metrics
 
 log = logging.getLogger("punchline.caches")
 _Value = TypeVar("_Value")
+
+
+@dataclass(slots=True)
+class _Making(Generic[_Value]):
+    """What several threads want of which one makes it. It is there as long as any of them."""
+
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    num_wanting: int = 0
+    value: _Value | None = None
 
 
 class ByteBoundedCache(Generic[_Value]):
@@ -29,7 +39,8 @@ class ByteBoundedCache(Generic[_Value]):
         self._metrics = metrics
         self._values: LRUCache[str, _Value] = LRUCache(max_bytes, getsizeof=self._cost)
         self._lock = threading.Lock()
-        self._makers: dict[str, tuple[threading.Lock, int]] = {}  # for each key that is being made: who makes it, how many wait
+        self._makings: dict[str, _Making[_Value]] = {}  # of each key that is being made
+        metrics.cache_max_bytes.labels(*self._labels).set(max_bytes)
 
     def get(self, key: str) -> _Value | None:
         value = self._find(key)
@@ -51,28 +62,31 @@ class ByteBoundedCache(Generic[_Value]):
             self._metrics.cache_entries.labels(*self._labels).set(len(self._values))
 
     def get_or_make(self, key: str, make: Callable[[], _Value]) -> _Value:
-        """The value of a key, made by one thread while others that want it wait. A failure is not kept: the next one tries again."""
-        with self._alone(key):
-            value = self._find(key)
+        """The value of a key, made by one thread while others that want it wait, whether or not it can be kept.
+
+        A failure is not kept: the next one tries again.
+        """
+        with self._alone(key) as making:
+            value = making.value if making.value is not None else self._find(key)
             if value is None:
-                value = make()
+                value = making.value = make()
                 self.put(key, value)
             return value
 
     @contextmanager
-    def _alone(self, key: str) -> Iterator[None]:
+    def _alone(self, key: str) -> Iterator[_Making[_Value]]:
         """One thread at a time for each key."""
         with self._lock:
-            turn, num_waiting = self._makers.get(key, (threading.Lock(), 0))
-            self._makers[key] = (turn, num_waiting + 1)
+            making = self._makings.setdefault(key, _Making())
+            making.num_wanting += 1
         try:
-            with turn:
-                yield
+            with making.turn:
+                yield making
         finally:
             with self._lock:
-                turn, num_waiting = self._makers.pop(key)
-                if num_waiting > 1:
-                    self._makers[key] = (turn, num_waiting - 1)
+                making.num_wanting -= 1
+                if not making.num_wanting:
+                    del self._makings[key]
 
     def clear(self) -> None:
         """Forget everything."""

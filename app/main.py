@@ -34,6 +34,7 @@ from app.sharing import SharedBases
 
 log = logging.getLogger("punchline")
 _PRACTICE_TOKENS, _MIN_PRACTICE_TOKENS = 1024, 64  # of the batch that is measured on a CPU, where the whole would take a minute
+_ENTRY_BYTES = 400  # of a stored image beside its own: millions of tiny ones would else take far more than they count
 _MAX_GPU_BATCH_S, _MAX_CPU_BATCH_S = 60.0, 600.0  # a batch that takes longer will not come back
 _PATIENCE = 4  # times what a full batch would take at the speed of the self-test
 
@@ -181,7 +182,7 @@ async def _assemble(settings: Settings, parts: Sequence[Parts], stack: AsyncExit
         metrics=metrics,
         monitors=_monitors(settings, parts, metrics),
         pool=stack.enter_context(ThreadPoolExecutor(settings.num_encode_threads, thread_name_prefix="encode")),
-        image_store=ByteBoundedCache[bytes]("images", settings.image_store_bytes, len, metrics),
+        image_store=ByteBoundedCache[bytes]("images", settings.image_store_bytes, lambda data: len(data) + _ENTRY_BYTES, metrics),
         num_models=len(parts),
         fetcher=fetcher_of(settings, metrics),
     )

@@ -180,6 +180,7 @@ class Metrics:
         self.queue_tokens = self._gauge("reward_queue_tokens", "Tokens admitted and not yet answered.")
         self.queue_oldest_age = self._gauge("reward_queue_oldest_age_seconds", "Age of the job that waits longest for the device.")
         self.cache_bytes = self._gauge("reward_cache_bytes", "Memory a cache holds.", ("model", "cache"))
+        self.cache_max_bytes = self._gauge("reward_cache_max_bytes", "Memory a cache may hold.", ("model", "cache"))
         self.cache_entries = self._gauge("reward_cache_entries", "Entries a cache holds.", ("model", "cache"))
         self.heartbeat = self._gauge(
             "reward_batcher_heartbeat_timestamp_seconds", "When both threads of the batch loop were last seen alive; alert when it is old."

@@ -19,6 +19,7 @@ from app.contracts import Conversation, EncodedGroup, EncodedImage, Explanation,
 from app.errors import (
     ApiError,
     DeadlineExceeded,
+    ImageTooLarge,
     ImageUnknown,
     InvalidRequest,
     ItemRejected,
@@ -293,7 +294,10 @@ class ScoringService:
 
     def _add_image(self, data: bytes) -> StoredImage:
         width, height = probe_image(data, self._limits)
-        encoded = self._encode_image(data, image_id(data))
+        name = image_id(data)
+        encoded = self._encode_image(data, name)
+        if not (self._image_store.holds(name) or self._pixel_cache.holds(name)):
+            raise ImageTooLarge("this server keeps no image of this size; send its bytes with each request", code="image_not_kept")
         return StoredImage(encoded.image_id, width, height, encoded.num_tokens)
 
     @contextmanager
@@ -382,18 +386,18 @@ class ScoringService:
             return None, bound
         source = request.image if isinstance(request.image, bytes) else read_image_field(request.image, self._limits)
         name = source if isinstance(source, str) else image_id(source)
-        known = self._known_pixels(name)
+        known = self._known_pixels(name, source)
         num_tokens = known.num_tokens if known else self._encoder.image_tokens(*probe_image(self._bytes(source), self._limits))
         bound = self._encoder.max_tokens(num_tokens, request.prompt, request.captions)
         reservation.add_tokens(bound)
         return known or self._encode_image(self._bytes(source), name), bound
 
-    def _known_pixels(self, name: str) -> EncodedImage | None:
-        """A picture that was decoded before; every so often it is decoded again and compared."""
+    def _known_pixels(self, name: str, source: bytes | str) -> EncodedImage | None:
+        """A picture that was decoded before; every so often it is decoded again, where its bytes are at hand, and compared."""
         known = self._pixel_cache.get(name)
         if known is None or not self._pixel_audit.is_due():
             return known
-        data = self._image_store.get(name)
+        data = source if isinstance(source, bytes) else self._image_store.get(name)
         if data is None:
             return known
         fresh = self._decoded(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -254,6 +255,37 @@ def test_a_plot_is_a_picture(report: Report, tmp_path: Path, name: str) -> None:
     write_plot(replace(report, levels=()), tmp_path / name)
 
 
+def test_a_place_for_a_plot_is_looked_at_and_left_as_it_was(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    there = tmp_path / "there.png"
+    there.write_bytes(b"an older picture")
+    check_plot(there)
+    check_plot(tmp_path / "new.png")
+    assert there.read_bytes() == b"an older picture"
+    assert not (tmp_path / "new.png").exists()
+
+
+def test_what_was_measured_is_printed_before_it_is_drawn(report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "plot.png").mkdir()
+    with pytest.raises(SettingsInvalid, match="cannot be written: Is a directory"):
+        show(report, Options(plot=tmp_path / "plot.png"))
+    assert "tokens shared" in capsys.readouterr().out
+
+
+def test_json_has_null_where_a_number_is_none(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    row = report.measured.rows[0]
+    wrong = replace(row, runs=tuple(replace(run, gaps=(math.inf,)) for run in row.runs))
+    spoilt = replace(report, measured=replace(report.measured, rows=(wrong, *report.measured.rows[1:])))
+    show(spoilt, Options(as_json=True))
+
+    def refuse(text: str) -> float:
+        raise AssertionError(text)
+
+    told = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert told["ways"][0]["largest_difference"] is None
+
+
 def test_a_plot_speaks_of_responses_where_the_table_does(conversation_report: Report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     write_plot(conversation_report, tmp_path / "plot.svg")
@@ -328,6 +360,9 @@ def test_contradictions_are_refused(faults: dict[str, Any], message: str) -> Non
         (Options(groups="257"), "at most 256 captions"),
         (Options(plot=Path("plot.pdf")), "ends in .png or .svg"),
         (Options(plot=Path("nowhere/plot.png")), "no folder nowhere"),
+        (Options(plot=Path("/proc/plot.png")), "/proc/plot.png: cannot be written: "),
+        (Options(geometry="qwen2.5-vl-3b", layers=37), "--layers 37: qwen2.5-vl-3b has 36"),
+        (Options(geometry="qwen2.5-vl-3b", vision_layers=33), "--vision-layers 33: qwen2.5-vl-3b has 32"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is(options: Options, message: str) -> None:

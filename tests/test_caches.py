@@ -132,6 +132,26 @@ def test_equal_misses_at_once_are_made_once() -> None:
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("max_bytes", [0, 4], ids=["nothing is kept", "too large to be kept"])
+def test_equal_misses_at_once_are_made_once_even_if_nothing_of_them_is_kept(max_bytes: int) -> None:
+    cache, made = cache_of(max_bytes), []
+
+    def make() -> bytes:
+        made.append(threading.get_ident())
+        threading.Event().wait(0.2)
+        return b"value"
+
+    assert together(8, lambda _: cache.get_or_make("k", make)) == [b"value"] * 8
+    assert len(made) == 1
+    assert cache.get_or_make("k", lambda: b"other") == b"other"  # nobody wanted the first one any more
+
+
+def test_how_much_a_cache_may_hold_is_told() -> None:
+    metrics = Metrics()
+    cache_of(10, metrics)
+    assert sample(metrics, "reward_cache_max_bytes", cache="test") == 10
+
+
 def test_a_failure_reaches_its_caller_and_sticks_to_nothing() -> None:
     cache = cache_of(100)
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from app.errors import (
     DeadlineExceeded,
     Draining,
     ImageRejected,
+    ImageTooLarge,
     ImageUnknown,
     InvalidRequest,
     ItemRejected,
@@ -55,6 +57,8 @@ class Stack:
     encoder: HeldEncoder
     bench: Bench
     pool: ThreadPoolExecutor
+    pixels: ByteBoundedCache[EncodedImage]
+    corrected: list[tuple[EncodedImage, EncodedImage]]  # pictures that were found wrong, and the right ones
 
     async def score(self, *requests: GroupRequest, timeout_s: float = PATIENCE_S, **options: object) -> list[GroupResult]:
         return await self.service.score(requests, timeout_s=timeout_s, **options)  # type: ignore[arg-type]
@@ -84,9 +88,12 @@ async def stack_of(
     max_items: int = 1000,
     max_tokens: int = 100_000,
     cache_bytes: int = 1 << 20,
+    store_bytes: int | None = None,
+    audit_every: int = 0,
     **config: str,
 ) -> AsyncIterator[Stack]:
     encoder = encoder or HeldEncoder()
+    corrected: list[tuple[EncodedImage, EncodedImage]] = []
     running = batching(scorer or FaultyScorer(), max_batch_tokens=max_batch_tokens, max_items=max_items, max_tokens=max_tokens)
     with ThreadPoolExecutor(2, thread_name_prefix="encode") as pool:
         async with running as bench:
@@ -96,14 +103,16 @@ async def stack_of(
                 batcher=bench.batcher,
                 admission=bench.admission,
                 limits=LIMITS,
-                image_store=ByteBoundedCache[bytes]("images", cache_bytes, len, bench.metrics),
-                pixel_cache=ByteBoundedCache[EncodedImage]("pixels", cache_bytes, lambda image: image.num_bytes, bench.metrics),
+                image_store=ByteBoundedCache[bytes]("images", cache_bytes if store_bytes is None else store_bytes, len, bench.metrics),
+                pixel_cache=(pixels := ByteBoundedCache[EncodedImage]("pixels", cache_bytes, lambda image: image.num_bytes, bench.metrics)),
                 pool=pool,
                 max_batch_tokens=max_batch_tokens,
                 metrics=bench.metrics,
                 monitors=RunMonitors(8, None, bench.metrics),
+                audit_every=audit_every,
+                correct=lambda wrong, right: corrected.append((wrong, right)),
             )
-            yield Stack(service, encoder, bench, pool)
+            yield Stack(service, encoder, bench, pool, pixels, corrected)
             await until(lambda: bench.queued == (0, 0))  # whatever the test did, nothing stays reserved
 
 
@@ -366,6 +375,36 @@ async def test_adding_an_image_says_what_it_is() -> None:
         assert len(stack.encoder.decoded) == 1
         with pytest.raises(ImageRejected):
             await stack.service.add_image(b"not a picture", timeout_s=PATIENCE_S)
+
+
+async def test_an_image_that_cannot_be_kept_is_not_confirmed() -> None:
+    """Its id would be unknown to every request that names it, for ever."""
+    async with stack_of(cache_bytes=0) as stack:
+        with pytest.raises(ImageTooLarge) as caught:
+            await stack.service.add_image(CARTOON, timeout_s=PATIENCE_S)
+        assert (caught.value.status, caught.value.code) == (413, "image_not_kept")
+    async with stack_of(store_bytes=0) as stack:  # its pixels are, and they are all that scoring needs
+        stored = await stack.service.add_image(CARTOON, timeout_s=PATIENCE_S)
+        assert (await stack.score(asking("a", image=stored.image_id)))[0].scores
+
+
+@pytest.mark.parametrize("store_bytes", [0, None], ids=["bytes in the request", "bytes in the store"])
+async def test_wrong_pixels_are_found_and_told(store_bytes: int | None) -> None:
+    async with stack_of(store_bytes=store_bytes, audit_every=2) as stack:
+        (first,) = await stack.score(asking("a"))
+        right = stack.pixels.get(image_id(CARTOON))
+        assert right is not None
+        wrong = replace(right, patches=right.patches + 1)
+        stack.pixels.put(right.image_id, wrong)
+        named: bytes | str = CARTOON if store_bytes == 0 else right.image_id
+        for _ in range(2):
+            found = await stack.score(asking("a", image=named))
+        assert found == [first]
+        ((told, corrected),) = stack.corrected
+        assert told is wrong
+        assert np.array_equal(corrected.patches, right.patches)
+        assert stack.bench.sample("reward_cache_audits_total", cache="pixels") == 1
+        assert stack.bench.sample("reward_cache_audit_mismatches_total", cache="pixels") == 1
 
 
 async def test_a_failed_image_is_not_kept() -> None:

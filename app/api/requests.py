@@ -128,8 +128,10 @@ def _part_names(model: type[Strict]) -> set[str]:
     return singular | model.model_fields.keys() - _JSON_ONLY
 
 
-def group_request(group: Any, captions: Sequence[str], image: bytes | None, field: str, settings: Settings) -> GroupRequest:
-    """The service's form of one group, its texts within their byte limits."""
+def group_request(
+    group: Any, captions: Sequence[str], image: bytes | None, field: str, settings: Settings, caption_fields: tuple[str, ...] = ()
+) -> GroupRequest:
+    """The service's form of one group, its texts within their byte limits. `caption_fields`: of captions that stand in no list."""
     where = f"{field}." if field else ""
     prompt: str | Conversation | None = group.prompt
     check_prompt_size(group.prompt, f"{where}prompt", settings)
@@ -137,8 +139,10 @@ def group_request(group: Any, captions: Sequence[str], image: bytes | None, fiel
         prompt = tuple(Turn(message.role, message.content) for message in group.messages)
         check_prompt_size("".join(turn.content for turn in prompt), f"{where}messages", settings)
     for index, caption in enumerate(captions):
-        check_caption_size(caption, f"{where}captions[{index}]", settings, index)
-    return GroupRequest(tuple(captions), image=group.image if image is None else image, prompt=prompt, field=field)
+        place = (caption_fields[index], None) if caption_fields else (f"{where}captions[{index}]", index)
+        check_caption_size(caption, place[0], settings, place[1])
+    image = group.image if image is None else image
+    return GroupRequest(tuple(captions), image=image, prompt=prompt, field=field, caption_fields=caption_fields)
 
 
 def check_prompt_size(prompt: str | None, field: str, settings: Settings) -> None:

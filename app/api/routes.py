@@ -185,7 +185,8 @@ class Routes:
         """Both captions are scored alone, so there is no position bias: swapping them mirrors the answer exactly."""
         asked, image = await read_request(request, CompareRequest, self._settings)
         with self._checks(request, asked, 2) as (model, deadline):
-            wanted, run_id = group_request(asked, (asked.a, asked.b), image, "", self._settings), run_id_of(request, asked.run_id)
+            wanted = group_request(asked, (asked.a, asked.b), image, "", self._settings, ("a", "b"))
+            run_id = run_id_of(request, asked.run_id)
         (result,) = await self._score(request, model, [wanted], deadline, run_id)
         score_a, score_b = _all_scores(result)
         found = compare(score_a, score_b, model.temperature)

@@ -7,12 +7,13 @@ scores are not.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console, RenderableType
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -28,6 +29,7 @@ from app.geometry import GEOMETRIES, Geometry, Limits, write_artifact
 from app.settings import Settings, load_settings
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+_ANY_MODEL = "demo"  # before there is one: the other settings are the same for all
 _TIMEOUT_MS = 600_000
 _MAX_QUEUE_TOKENS, _MAX_QUEUE_ITEMS = 1 << 24, 1 << 16  # 64 clients at once are the bench's own doing
 _MAX_TEXT_BYTES = 1 << 20
@@ -42,7 +44,7 @@ class Options:
     vision_layers: int | None = None
     artifact: str | None = None
     dtype: Dtype = "auto"
-    groups: str = "1,8,16"
+    groups: str = "1,2,8,16,64"
     rounds: int = 3
     concurrency: str = "1,4,16,64"
     as_json: bool = False
@@ -79,10 +81,11 @@ def bench(options: Options, geometries: dict[str, Geometry] | None = None) -> in
     sizes, levels = read_numbers("--groups", options.groups), read_numbers("--concurrency", options.concurrency, none=True)
     if options.plot is not None:
         check_plot(options.plot)
+    max_captions = bench_settings(options.artifact or _ANY_MODEL, options.dtype).max_captions
+    if max(sizes) > max_captions:
+        raise SettingsInvalid(f"--groups {max(sizes)}: a request has at most {max_captions} captions (PUNCHLINE_MAX_CAPTIONS)")
     with _progress() as (report, announce), _artifact(options, geometries or GEOMETRIES, report) as (model, name):
         settings = bench_settings(model, options.dtype)
-        if max(sizes) > settings.max_captions:
-            raise SettingsInvalid(f"--groups {max(sizes)}: a request has at most {settings.max_captions} captions (PUNCHLINE_MAX_CAPTIONS)")
         if options.noise:
             noise = run_noise(settings, options.rounds, report)
         else:
@@ -91,10 +94,10 @@ def bench(options: Options, geometries: dict[str, Geometry] | None = None) -> in
 
 
 def show(report: Report, options: Options) -> int:
-    """Draw and print; returns the exit code."""
+    """Print, then draw: what was measured is not lost for want of a place for its picture. Returns the exit code."""
+    _print(tables_of(report), report.as_dict() if options.as_json else None)
     if options.plot is not None:
         write_plot(report, options.plot)
-    _print(tables_of(report), report.as_dict() if options.as_json else None)
     return 1 if report.disagreeing or report.misnamed else 0
 
 
@@ -153,6 +156,12 @@ def _geometry(options: Options, geometries: dict[str, Geometry]) -> Geometry:
         raise SettingsInvalid(f"--geometry {name} takes images; --conversation-tokens and --response-tokens belong to text-only models")
     if not geometry.takes_images and (options.vision_layers is not None or options.noise):
         raise SettingsInvalid(f"--geometry {name} is text-only; --vision-layers and --noise belong to models that take images")
+    for option, asked, has in (
+        ("--layers", options.layers, geometry.layers),
+        ("--vision-layers", options.vision_layers, geometry.vision_layers),
+    ):
+        if asked is not None and asked > has:
+            raise SettingsInvalid(f"{option} {asked}: {name} has {has}")
     return geometry.shortened(options.layers, options.vision_layers)
 
 
@@ -183,4 +192,13 @@ def _print(shown: RenderableType, told: object | None) -> None:
         console = Console()
         Console(width=max(console.width, WIDTH)).print(shown, highlight=False, soft_wrap=False)
     else:
-        print(json.dumps(told, indent=2))
+        print(json.dumps(_finite(told), indent=2, allow_nan=False))
+
+
+def _finite(told: Any) -> Any:
+    """JSON knows no infinity and no NaN, which are null: the difference to a score that is no number, say."""
+    if isinstance(told, dict):
+        return {name: _finite(value) for name, value in told.items()}
+    if isinstance(told, list | tuple):
+        return [_finite(value) for value in told]
+    return None if isinstance(told, float) and not math.isfinite(told) else told

@@ -13,6 +13,7 @@ from app.bases import read_base_config, weights_bytes
 from app.bench.flops import Shapes
 from app.bench.loopback import serving
 from app.bench.noise import NoiseReport, Subject, Truth, make_groups, measure_noise, subjects_of
+from app.bench.report import counted, shape_of
 from app.bench.run import MIN_FREE
 from app.bench.workload import Workload
 from app.contracts import Scorer
@@ -56,8 +57,8 @@ def run_noise(settings: Settings, num_groups: int, report: Callable[[str], None]
     with serving(settings.model_copy(update={"deterministic": False, **_NO_SCORES})) as loopback:
         runtime = loopback.runtime
         found = measure_noise(runtime.first.scorer, deterministic_scorer(runtime), subjects, truth, device, report)
-        shape = f"{shapes.layers} text layers of {shapes.hidden}, {shapes.vision_layers} vision layers"
-        heading = f"{shape}, {runtime.first.loaded.dtype} against float32, {num_groups} groups of 16 captions"
+        shape = shape_of(shapes.layers, shapes.hidden, shapes.vision_layers)
+        heading = f"{shape}, {runtime.first.loaded.dtype} against float32, {counted(num_groups, 'group')} of 16 captions"
         return NoiseRun(found, find_hardware(device), heading)
 
 

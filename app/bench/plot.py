@@ -19,12 +19,19 @@ def check_plot(path: Path) -> None:
         raise SettingsInvalid(f"--plot {path}: expected a name that ends in {' or '.join(_SUFFIXES)}")
     if not path.parent.is_dir():
         raise SettingsInvalid(f"--plot {path}: no folder {path.parent}")
+    was_there = path.exists()
+    try:
+        path.open("ab").close()
+        if not was_there:
+            path.unlink()
+    except OSError as error:
+        raise SettingsInvalid(f"--plot {path}: cannot be written: {error.strerror or error}") from None
     if importlib.util.find_spec("matplotlib") is None:
         raise SettingsInvalid("--plot needs matplotlib: pip install 'punchline[bench]'")
 
 
 def write_plot(report: Report, path: Path) -> None:
-    """Two panels, or one where no load was measured."""
+    """Two panels, or one where no load was measured. Raises SettingsInvalid if it cannot be written after all."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11 if report.levels else 6, 4.5), layout="constrained")
@@ -39,14 +46,17 @@ def write_plot(report: Report, path: Path) -> None:
     panels[0].set_yscale("log")
     panels[0].yaxis.set_major_formatter("{x:g}")  # powers would need mathematical fonts
     panels[0].yaxis.set_minor_formatter("")
-    panels[0].legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     if report.levels:
         panels[1].plot([level.num_clients for level in report.levels], [level.captions_per_s for level in report.levels], marker="o")
         clients = worded("clients, each with groups of 8, known images")
         _axes(panels[1], clients, worded("captions a second"), [level.num_clients for level in report.levels])
         panels[1].set_ylim(0, 1.1 * max(level.captions_per_s for level in report.levels))
-    figure.suptitle(f"{report.subject.model}, {report.subject.dtype}\n{report.hardware.line}", fontsize="small")
-    figure.savefig(path, dpi=150)
+    figure.suptitle(f"{report.subject.heading}\n{report.hardware.line}", fontsize="small")
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise SettingsInvalid(f"--plot {path}: cannot be written: {error.strerror or error}") from None
 
 
 def _axes(panel: Any, name: str, speed: str, ticks: list[int]) -> None:

@@ -53,8 +53,12 @@ class Subject:
 
     @property
     def shape(self) -> str:
-        text = f"{self.layers} text layers of {self.hidden}"
-        return f"{text}, {self.vision_layers} vision layers" if self.takes_images else text
+        return shape_of(self.layers, self.hidden, self.vision_layers)
+
+    @property
+    def heading(self) -> str:
+        """What was measured, in one line."""
+        return f"{self.model}: {self.shape}, {self.dtype}, medians of {counted(self.rounds, 'round')}"
 
     @property
     def takes_images(self) -> bool:
@@ -277,6 +281,17 @@ class Report:
         if self.startup.peak is not None and self.startup.peak.weights_bytes >= MIN_WEIGHTS_BYTES:
             found.append(Hold("memory over the weights", 15.0, "%", False, 100 * self.startup.peak.over_weights))
         return found
+
+
+def shape_of(layers: int, hidden: int, vision_layers: int) -> str:
+    """In words; 0 vision layers: a model of text alone."""
+    text = f"{counted(layers, 'text layer')} of {hidden}"
+    return f"{text}, {counted(vision_layers, 'vision layer')}" if vision_layers else text
+
+
+def counted(number: int, what: str) -> str:
+    """`1 round`, `3 rounds`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def tokens_of(prefix: int, image: int, lengths: Sequence[int]) -> Tokens:

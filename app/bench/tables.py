@@ -51,7 +51,7 @@ def noise_tables(report: NoiseReport, hardware: Hardware, heading: str) -> Rende
 
 def _heading(report: Report) -> str:
     subject, tokens = report.subject, report.subject.tokens
-    title = f"{subject.model}: {subject.shape}, {subject.dtype}, medians of {_counted(subject.rounds, 'round')}\n"
+    title = f"{subject.heading}\n"
     if subject.takes_images:
         return title + f"{tokens.prefix} tokens shared ({tokens.image} of the image), {tokens.shortest} to {tokens.longest} a caption's own"
     return title + f"responses to a conversation: {tokens.prefix} tokens shared, {tokens.shortest} a response's own"
@@ -181,10 +181,6 @@ def _start(report: Report) -> Iterator[str]:
         share = f" ({peak.over_weights:+.1%})" if peak.weights_bytes >= MIN_WEIGHTS_BYTES else ""
         whole = f"{_size(peak.all_bytes)}{share}"
         yield f"peak memory until ready, for {_size(peak.weights_bytes)} of weights: {whole}"
-
-
-def _counted(count: int, name: str) -> str:
-    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 def _size(num_bytes: int) -> str:

@@ -228,7 +228,8 @@ async def test_one_bad_caption_is_null_when_asked(application: Served) -> None:
 async def test_compare_and_rank_have_no_null(application: Served, route: str) -> None:
     texts: dict[str, Any] = {"a": "fine", "b": BAD} if route == "/compare" else {"captions": ["fine", BAD]}
     error = await fault(application, route, {"image": b64(PICTURE), **texts}, 422)
-    assert (error["code"], error["index"]) == ("caption_rejected", 1)
+    place = ("b", None) if route == "/compare" else ("captions[1]", 1)
+    assert (error["code"], error["field"], error.get("index")) == ("caption_rejected", *place)
     assert (await fault(application, route, {"image": b64(PICTURE), **texts, "on_item_error": "null"}, 422))["code"] == "unknown_field"
 
 
