@@ -508,6 +508,24 @@ def test_the_readme_names_every_file_here() -> None:
     assert [path.name for path in SCRIPTS.iterdir() if path.is_file() and path.name != "README.md" and path.name not in text] == []
 
 
+def readme_block(command: str) -> str:
+    text = (SCRIPTS.parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(rf"^```\n(\$ {command}.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return str(block).rstrip()
+
+
+def test_the_table_of_the_readme_is_the_output_of_the_newest_run() -> None:
+    record = (SCRIPTS / "scoring-cpu.txt").read_text(encoding="utf-8")
+    assert record.startswith(readme_block("punchline bench --geometry qwen2.5-vl-3b") + "\n")
+
+
+def test_what_the_readme_shows_of_conversations_was_measured() -> None:
+    record = (SCRIPTS / "conversation-cpu.txt").read_text(encoding="utf-8").splitlines()
+    lines = readme_block("punchline bench --geometry qwen2.5-1.5b").splitlines()
+    assert len(lines) > 10
+    assert [line for line in lines if line and line not in record] == []
+
+
 # The steps of the serving forward
 
 
