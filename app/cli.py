@@ -274,9 +274,9 @@ def bench(
     vision_layers: Annotated[int | None, typer.Option(min=1, help="Vision layers, if not all.")] = None,
     artifact: Annotated[str | None, typer.Option(help="Measure this artifact, named as for serve; else the demo.")] = None,
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="Number format, as for serve.")] = "auto",
-    groups: Annotated[str, typer.Option(help="Captions (responses) in a group, with commas.")] = "1,2,8,16,64",
+    groups: Annotated[str | None, typer.Option(help="Captions (responses) in a group, with commas; else 1,2,8,16,64.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every way; with --noise, groups.")] = 3,
-    concurrency: Annotated[str, typer.Option(help="Clients at once, with commas; empty: no load.")] = "1,4,16,64",
+    concurrency: Annotated[str | None, typer.Option(help="Clients at once, with commas; else 1,4,16,64; empty: no load.")] = None,
     as_json: Json = False,
     plot: Annotated[Path | None, typer.Option(help="Draw captions a second into this .png or .svg.")] = None,
     noise: Annotated[

@@ -118,7 +118,7 @@ def describe(runtime: Runtime) -> dict[str, Any]:
         "startcheck": first["startcheck"],
         "models": {name: _described(model) for name, model in runtime.models.items()},
         "ready": runtime.ready,
-        "warnings": warnings(runtime.settings),
+        "warnings": warnings(runtime),
         "settings": runtime.settings.redacted(),
     }
 
@@ -146,11 +146,27 @@ def _described(model: ServedModel) -> dict[str, Any]:
     }
 
 
-def warnings(settings: Settings) -> list[str]:
+def warnings(runtime: Runtime) -> list[str]:
     """What an operator should know about these settings."""
+    return [*open_port(runtime.settings), *_small_batches(runtime)]
+
+
+def open_port(settings: Settings) -> list[str]:
+    """Whether everybody may use what others reach."""
     if not _is_loopback(settings.host) and not settings.api_keys:
         return [f"listening on {settings.host} without PUNCHLINE_API_KEY: anyone who reaches this port can use it"]
     return []
+
+
+def _small_batches(runtime: Runtime) -> list[str]:
+    """Models whose own limits allow captions that no batch holds."""
+    held = runtime.budgets.max_batch_tokens
+    return [
+        f"{model.name}: a caption with its image and prompt may have {model.encoder.max_row_tokens:,} tokens, a batch holds {held:,} "
+        "(PUNCHLINE_MAX_BATCH_TOKENS); one that has more is refused (too_many_tokens)"
+        for model in runtime.models.values()
+        if model.encoder.max_row_tokens > held
+    ]
 
 
 def _is_loopback(host: str) -> bool:
@@ -163,7 +179,7 @@ def _is_loopback(host: str) -> bool:
 def _announce(runtime: Runtime, listener: socket.socket) -> None:
     address = address_of(listener)
     log.info("settings: %s", runtime.settings.redacted())
-    for warning in warnings(runtime.settings):
+    for warning in warnings(runtime):
         log.warning("%s", warning)
     models = ", ".join(f"{model.name} ({model.loaded.fingerprint[:12]})" for model in runtime.models.values())
     head = f"Punchline {__version__} serves {models} on {address}"

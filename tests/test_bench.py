@@ -339,6 +339,8 @@ def test_a_model_of_images_has_no_conversations(tmp_path: Path) -> None:
         ({"layers": 2}, "belong to --geometry"),
         ({"work": Path("x")}, "belong to --geometry"),
         ({"noise": True, "plot": Path("x.png")}, "--noise"),
+        ({"noise": True, "groups": "1"}, "--groups and --concurrency do not belong"),
+        ({"noise": True, "concurrency": ""}, "--groups and --concurrency do not belong"),
         ({"noise": True, "conversation_tokens": 8}, "belong to conversations"),
     ],
 )

@@ -13,7 +13,7 @@ from app.artifacts import Artifact
 from app.draining import bind
 from app.main import running
 from app.model import LoadedModel, load_model
-from app.serving import attention_ways, describe, warnings
+from app.serving import attention_ways, describe, open_port, warnings
 from app.settings import load_settings
 from tests.tiny import VisionFamily, load_whole, write_text_only
 
@@ -42,8 +42,20 @@ def test_answers_are_sent_at_once() -> None:
 )
 def test_a_port_that_others_reach_without_a_key_is_warned_of(host: str, key: str | None, is_warned: bool) -> None:
     """K3. It serves all the same, so that one line starts a container."""
-    told = warnings(load_settings(host=host, api_key=key))
+    told = open_port(load_settings(host=host, api_key=key))
     assert told == [f"listening on {host} without PUNCHLINE_API_KEY: anyone who reaches this port can use it"] * is_warned
+
+
+@pytest.mark.anyio
+async def test_batches_that_hold_less_than_a_caption_may_have_are_warned_of(tmp_path: Path) -> None:
+    root = write_text_only(tmp_path)
+    async with running(load_settings(model=str(root), offline=True, num_threads=1)) as runtime:
+        most = runtime.first.encoder.max_row_tokens
+        assert warnings(runtime) == describe(runtime)["warnings"] == []
+    async with running(load_settings(model=str(root), offline=True, num_threads=1, max_batch_tokens=most - 1)) as runtime:
+        (told,) = warnings(runtime)
+        assert f"may have {most:,} tokens, a batch holds {most - 1:,} (PUNCHLINE_MAX_BATCH_TOKENS)" in told
+        assert describe(runtime)["warnings"] == [told]
 
 
 @pytest.mark.anyio

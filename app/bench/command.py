@@ -30,6 +30,7 @@ from app.settings import Settings, load_settings
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 _ANY_MODEL = "demo"  # before there is one: the other settings are the same for all
+_GROUPS, _CONCURRENCY = "1,2,8,16,64", "1,4,16,64"
 _TIMEOUT_MS = 600_000
 _MAX_QUEUE_TOKENS, _MAX_QUEUE_ITEMS = 1 << 24, 1 << 16  # 64 clients at once are the bench's own doing
 _MAX_TEXT_BYTES = 1 << 20
@@ -44,9 +45,9 @@ class Options:
     vision_layers: int | None = None
     artifact: str | None = None
     dtype: Dtype = "auto"
-    groups: str = "1,2,8,16,64"
+    groups: str | None = None  # else `_GROUPS`
     rounds: int = 3
-    concurrency: str = "1,4,16,64"
+    concurrency: str | None = None  # else `_CONCURRENCY`
     as_json: bool = False
     plot: Path | None = None
     noise: bool = False
@@ -70,6 +71,8 @@ class Options:
             raise SettingsInvalid("--layers, --vision-layers and --work belong to --geometry")
         if self.noise and self.plot is not None:
             raise SettingsInvalid("--noise measures nothing that --plot could draw")
+        if self.noise and not (self.groups is None and self.concurrency is None):
+            raise SettingsInvalid("--noise measures groups of 16 captions without load; --groups and --concurrency do not belong to it")
         if self.noise and self.wanted != AS_USUAL:
             raise SettingsInvalid(
                 "--noise measures captions of images; --conversation-tokens and --response-tokens belong to conversations"
@@ -78,11 +81,12 @@ class Options:
 
 def bench(options: Options, geometries: dict[str, Geometry] | None = None) -> int:
     """Measure, print, and return the exit code."""
-    sizes, levels = read_numbers("--groups", options.groups), read_numbers("--concurrency", options.concurrency, none=True)
+    sizes = read_numbers("--groups", _GROUPS if options.groups is None else options.groups)
+    levels = read_numbers("--concurrency", _CONCURRENCY if options.concurrency is None else options.concurrency, none=True)
     if options.plot is not None:
         check_plot(options.plot)
     max_captions = bench_settings(options.artifact or _ANY_MODEL, options.dtype).max_captions
-    if max(sizes) > max_captions:
+    if not options.noise and max(sizes) > max_captions:
         raise SettingsInvalid(f"--groups {max(sizes)}: a request has at most {max_captions} captions (PUNCHLINE_MAX_CAPTIONS)")
     with _progress() as (report, announce), _artifact(options, geometries or GEOMETRIES, report) as (model, name):
         settings = bench_settings(model, options.dtype)
