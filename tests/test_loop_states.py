@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import secrets
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar
 
 import numpy as np
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
@@ -462,12 +464,15 @@ TestStates = StatesMachine.TestCase
 
 
 def test_100_000_steps() -> None:
+    """From other seeds each time, in CI from the same."""
     StatesMachine.num_steps = 0
+    number = 0 if "CI" in os.environ else secrets.randbelow(1 << 32)
     thorough = settings(
         max_examples=200, stateful_step_count=100, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=False
     )
     while StatesMachine.num_steps < 100_000:
-        run_state_machine_as_test(StatesMachine, settings=thorough)
+        number += 1
+        run_state_machine_as_test(seed(number)(type(f"StatesMachine{number}", (StatesMachine,), {})), settings=thorough)
     hits = {cache: sample(METRICS, "reward_cache_lookups_total", cache=cache, result="hit") for cache in ("features", "prefixes", "scores")}
     beginnings = {"of all": Device.num_with_lead, "kept too short": Device.num_lengthened}
     print(f"{StatesMachine.num_steps:,} steps, hits: {hits}, beginnings: {beginnings}")
