@@ -52,11 +52,15 @@ class ByteBoundedCache(Generic[_Value]):
         with self._lock:
             return key in self._values
 
+    def takes(self, value: _Value) -> bool:
+        """Whether it is small enough to be kept at all."""
+        return self._cost(value) <= self._max_bytes
+
     def put(self, key: str, value: _Value) -> None:
         """Keep a value in the place of any other of this key; one larger than the whole cache is not kept."""
         with self._lock:
             self._values.pop(key, None)
-            if self._cost(value) <= self._max_bytes:
+            if self.takes(value):
                 self._values[key] = value
             self._metrics.cache_bytes.labels(*self._labels).set(self._values.currsize)
             self._metrics.cache_entries.labels(*self._labels).set(len(self._values))

@@ -35,7 +35,7 @@ class RgbImage:
         return int(self.pixels.shape[0])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class EncodedImage:
     """The pixels the vision tower sees."""
 

@@ -145,7 +145,7 @@ def _told(*what: tuple[int, int]) -> bool:
 
 
 def quiet_collector() -> Callable[[], None]:
-    """Keep Python's collector of cycles from stopping everybody for tenths of a second; returns what undoes it. Once a process.
+    """Keep Python's collector of cycles from stopping everybody for tenths of a second; returns what undoes it.
 
     What is there now, models and routes, is left out of its looks, and at what has become old it never looks by itself: whoever
     calls this calls `gc.collect` now and then. Without cycles memory is given back at once, as always.

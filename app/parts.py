@@ -1,13 +1,14 @@
 """What is distinct in a batch: rows of one image and prompt stand together, each once, and each caption knows where its score will be.
 
 The order is the content's own, so that the same captions give the same bits whichever is named first. A pure function of groups; keys
-are content: fingerprint, SHA-256 of the image, digest of the prompt, token ids.
+are content: SHA-256 of the image, digest of the prompt, token ids.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
@@ -18,18 +19,18 @@ from app.contracts import EncodedGroup, EncodedImage, Ids
 
 Key: TypeAlias = tuple[str, bytes]  # (image id, prompt digest)
 Places: TypeAlias = tuple[tuple[tuple[int, int], ...], ...]  # for each group, part and row of each caption
-_MAX_WRONG_PICTURES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """The distinct rows of one image and prompt in a batch."""
 
-    key: str
+    key: str  # of its prefix
     fresh: bool
     image: EncodedImage | None
     prefix_ids: Ids
     rows: tuple[Ids, ...]
+    image_key: str
     score_keys: tuple[str, ...]
 
 
@@ -41,11 +42,12 @@ class _Name(NamedTuple):
     fresh: bool
 
 
-def parts_of(groups: Sequence[EncodedGroup], *, fingerprint: str, alone: bool) -> tuple[tuple[Part, ...], Places]:
+def parts_of(groups: Sequence[EncodedGroup], *, scope: str, alone: bool) -> tuple[tuple[Part, ...], Places]:
     """The parts of a batch, and the place of every caption of every group in them.
 
-    `alone`: every row stands behind its own prefix, whatever its company; else behind the one that all of its part share. Raises
-    ValueError for rows of one image and prompt that begin differently.
+    `scope`: what all keys begin with: of the model, and of what may be known together. `alone`: every row stands behind its own prefix,
+    whatever its company; else behind the one that all of its part share. Raises ValueError for rows of one image and prompt that begin
+    differently.
     """
     names = _names_alone(groups) if alone else _names_together(groups)
     distinct: dict[_Name, dict[bytes, Ids]] = {}
@@ -59,7 +61,7 @@ def parts_of(groups: Sequence[EncodedGroup], *, fingerprint: str, alone: bool) -
     for index, name in enumerate(sorted(distinct)):
         contents = sorted(distinct[name])
         place |= {(name, content): (index, row) for row, content in enumerate(contents)}
-        parts.append(_part(name, image_of[name], [distinct[name][content] for content in contents], fingerprint, alone=alone))
+        parts.append(_part(name, image_of[name], [distinct[name][content] for content in contents], scope, alone=alone))
     places = tuple(
         tuple(place[name, row.tobytes()] for row, name in zip(group.rows, own, strict=True))
         for group, own in zip(groups, names, strict=True)
@@ -67,23 +69,25 @@ def parts_of(groups: Sequence[EncodedGroup], *, fingerprint: str, alone: bool) -
     return tuple(parts), places
 
 
-def _part(name: _Name, image: EncodedImage | None, rows: Sequence[Ids], fingerprint: str, *, alone: bool) -> Part:
+def _part(name: _Name, image: EncodedImage | None, rows: Sequence[Ids], scope: str, *, alone: bool) -> Part:
     image_id, prompt = name.key
     prefix = rows[0][: name.num_prefix]
     if not all(np.array_equal(row[: name.num_prefix], prefix) for row in rows):
         raise ValueError("rows of one image and prompt begin with different ids")
-    key = f"{fingerprint}:{image_id}:{prompt.hex()}"
+    image_key = f"{scope}:{image_id}"
+    key = f"{image_key}:{prompt.hex()}"
     if alone:  # the bits of a row depend on where it leaves its prefix
-        key = scope = f"{key}:{name.num_prefix}"
+        key = of_rows = f"{key}:{name.num_prefix}"
     else:
-        scope = f"{fingerprint}:{image_id}"
+        of_rows = image_key
     return Part(
         key=key,
         fresh=name.fresh,
         image=image,
         prefix_ids=prefix,
         rows=tuple(rows),
-        score_keys=tuple(f"{scope}:{hashlib.sha256(row.tobytes()).hexdigest()}" for row in rows),
+        image_key=image_key,
+        score_keys=tuple(f"{of_rows}:{hashlib.sha256(row.tobytes()).hexdigest()}" for row in rows),
     )
 
 
@@ -102,24 +106,24 @@ def _names_alone(groups: Sequence[EncodedGroup]) -> list[list[_Name]]:
 
 
 class WrongPictures:
-    """Those that were found wrong last, and what they should have been. A group that waits may have been encoded with one.
+    """Those that were found wrong, and what they should have been: a group that waits may have been encoded with one.
 
-    Safe across threads.
+    They are told apart by identity, and known as long as anybody has them. Safe across threads.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._pairs: tuple[tuple[EncodedImage, EncodedImage], ...] = ()
+        self._pairs: list[tuple[weakref.ref[EncodedImage], EncodedImage]] = []
 
     def add(self, wrong: EncodedImage, right: EncodedImage) -> None:
         with self._lock:
-            self._pairs = (*self._pairs, (wrong, right))[-_MAX_WRONG_PICTURES:]
-
-    def are_in(self, groups: Sequence[EncodedGroup]) -> bool:
-        return any(group.image is wrong for wrong, _ in self._pairs for group in groups)
+            self._pairs.append((weakref.ref(wrong), right))
 
     def corrected(self, groups: Sequence[EncodedGroup]) -> Sequence[EncodedGroup]:
         """The groups, with the right picture where one has a wrong one."""
-        for wrong, right in self._pairs:
-            groups = [replace(group, image=right) if group.image is wrong else group for group in groups]
+        with self._lock:
+            self._pairs = [pair for pair in self._pairs if pair[0]() is not None]
+            pairs = list(self._pairs)
+        for wrong, right in pairs:
+            groups = [replace(group, image=right) if group.image is not None and group.image is wrong() else group for group in groups]
         return groups

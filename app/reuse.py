@@ -7,6 +7,7 @@ a client's own names appear nowhere. Every so many hits one is computed all the 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
@@ -66,7 +67,7 @@ class Backend(Protocol[_Features, _KeysValues]):
     """What computes. Called from one thread, but for `stage`."""
 
     def stage(self, image: EncodedImage) -> Any:
-        """Send a picture's pixels ahead, for `image_features` to find. Called from the thread that prepares; raises OutOfMemory."""
+        """Send a picture's pixels ahead, for `image_features` to find. Called from any thread; raises OutOfMemory."""
 
     def image_features(self, image: EncodedImage, staged: Any | None) -> _Features:
         """`staged`: what `stage` gave for this picture; None where it was not asked or had no room."""
@@ -94,6 +95,7 @@ class PreparedBatch:
     parts: tuple[Part, ...]
     places: Places
     staged: dict[str, Any]  # by image id, pictures on their way to the device; whoever takes one takes it out
+    era: int  # how often something was found wrong before
 
 
 @dataclass(slots=True)
@@ -144,6 +146,8 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         self._lead: KeptPrefix[_KeysValues] | None = None
         self._at_hand: _AtHand[_Features, _KeysValues] = _AtHand()
         self._wrong = WrongPictures()
+        self._lock = threading.Lock()
+        self._era = 0
         self._backend = backend
         self._caches = caches
         self._fingerprint = fingerprint
@@ -156,9 +160,10 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
 
         The order is the content's own: the same captions give the same bits whichever is named first.
         """
+        era = self._era  # before pictures are corrected: what is found wrong from here on makes the batch be done again
         groups = self._wrong.corrected(groups)
-        parts, places = parts_of(groups, fingerprint=self._fingerprint, alone=self._deterministic)
-        return PreparedBatch(tuple(groups), parts, places, self._staged(parts))
+        parts, places = parts_of(groups, scope=f"{self._fingerprint}:{era}", alone=self._deterministic)
+        return PreparedBatch(tuple(groups), parts, places, self._staged(parts), era)
 
     def score(self, prepared: PreparedBatch) -> list[Scores]:
         """Scores of every group, in order. Nothing is kept of a batch with a score that is not finite.
@@ -168,8 +173,9 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         self._at_hand = _AtHand(prepared.staged)
         try:
             scores = self._score(prepared)
-            while self._at_hand.is_doubtful or self._wrong.are_in(prepared.groups):  # once, unless another picture is found wrong
-                self.forget()  # what was made of something wrong is wrong as well, in this very batch
+            while self._at_hand.is_doubtful or prepared.era != self._era:  # what was made of something wrong is wrong as well
+                if self._at_hand.is_doubtful:
+                    self.forget()
                 prepared.staged.clear()
                 prepared = self.prepare(prepared.groups)
                 self._at_hand = _AtHand(prepared.staged)
@@ -186,11 +192,16 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
 
     def correct(self, wrong: EncodedImage, right: EncodedImage) -> None:
         """A picture was wrong that groups were encoded with: they get the right one, and nothing is kept. Safe across threads."""
-        self._wrong.add(wrong, right)  # before all is forgotten: a batch that ends in between keeps its own no longer than that
+        self._wrong.add(wrong, right)
         self.forget()
 
     def forget(self) -> None:
-        """Something that was kept is wrong, or what it was made of: keep nothing. Safe across threads."""
+        """Something that was kept is wrong, or what it was made of: keep nothing. Safe across threads.
+
+        Keys hold the era: what a batch of an earlier one still keeps is found by nobody.
+        """
+        with self._lock:
+            self._era += 1
         self.make_room()
         self._caches.scores.clear()
 
@@ -212,16 +223,16 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
 
     def _staged(self, parts: Sequence[Part]) -> dict[str, Any]:
         """Pictures on their way to the device by the time it wants them. Where there is no room they wait on the host instead."""
-        images = {part.image.image_id: part.image for part in parts if part.image is not None and self._is_to_be_seen(part, part.image)}
+        images = {part.image.image_id: part.image for part in parts if part.image is not None and self._is_to_be_seen(part)}
         try:
             return {image_id: self._backend.stage(image) for image_id, image in images.items()}
         except OutOfMemory:
             return {}
 
-    def _is_to_be_seen(self, part: Part, image: EncodedImage) -> bool:
+    def _is_to_be_seen(self, part: Part) -> bool:
         """As far as is known now: what is kept may be gone by the time of the batch, or have come. Counts as no lookup."""
         caches = self._caches
-        is_kept = caches.prefixes.holds(part.key) or caches.features.holds(self._image_key(image))
+        is_kept = caches.prefixes.holds(part.key) or caches.features.holds(part.image_key)
         return part.fresh or not (is_kept or all(map(caches.scores.holds, part.score_keys)))
 
     def _known(self, part: Part) -> _Outcome:
@@ -242,14 +253,14 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         kept = self._caches.prefixes.get(part.key)
         if kept is not None and not kept.fits(part.prefix_ids):
             self._audits["prefixes"].record(agrees=False, what="of other ids")
-            kept = None
+            self._at_hand.is_doubtful, kept = True, None
         doubted = None
         if kept is not None and self._audits["prefixes"].is_due():
             kept, doubted = None, kept
         if kept is not None:
             return self._behind(part, rows, kept, outcome), None
         outcome.num_new_prefix = len(part.prefix_ids)
-        features = self._features(part.image) if part.image is not None else None
+        features = self._features(part, part.image) if part.image is not None else None
         lead = self._lead_of(part, outcome) if doubted is None else self._fresh_lead(part, outcome)  # an audit doubts the beginning, too
         return Share(part.prefix_ids, rows, part.image, features, None, lead), doubted
 
@@ -291,10 +302,10 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         ids = self._lead_ids
         return ids is not None and len(part.prefix_ids) > len(ids) and np.array_equal(part.prefix_ids[: len(ids)], ids)
 
-    def _features(self, image: EncodedImage) -> _Features:
+    def _features(self, part: Part, image: EncodedImage) -> _Features:
         if image.image_id in self._at_hand.made:
             return self._at_hand.made[image.image_id]
-        kept = self._caches.features.get(self._image_key(image))
+        kept = self._caches.features.get(part.image_key)
         if kept is not None and not self._audits["features"].is_due():
             return kept
         fresh = self._made_now(image)
@@ -308,9 +319,6 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         if image.image_id not in made:
             made[image.image_id] = self._backend.image_features(image, self._at_hand.staged.pop(image.image_id, None))
         return made[image.image_id]
-
-    def _image_key(self, image: EncodedImage) -> str:
-        return f"{self._fingerprint}:{image.image_id}"
 
     def _computed(self, shares: Sequence[Share[_Features, _KeysValues]]) -> list[Computed[_KeysValues]]:
         if not self._deterministic:
@@ -358,7 +366,7 @@ class ReusingScorer(Generic[_Features, _KeysValues]):
         if share.num_prefix:
             self._caches.prefixes.put(part.key, prefix)
         if share.image is not None and share.features is not None:
-            self._caches.features.put(self._image_key(share.image), share.features)
+            self._caches.features.put(part.image_key, share.features)
 
     def _compare(self, cache: str, kept: Any, fresh: Any) -> None:
         agrees = self._backend.agree(kept, fresh, exact=self._deterministic)

@@ -294,9 +294,8 @@ class ScoringService:
 
     def _add_image(self, data: bytes) -> StoredImage:
         width, height = probe_image(data, self._limits)
-        name = image_id(data)
-        encoded = self._encode_image(data, name)
-        if not (self._image_store.holds(name) or self._pixel_cache.holds(name)):
+        encoded = self._encode_image(data, image_id(data))
+        if not (self._image_store.takes(data) or self._pixel_cache.takes(encoded)):
             raise ImageTooLarge("this server keeps no image of this size; send its bytes with each request", code="image_not_kept")
         return StoredImage(encoded.image_id, width, height, encoded.num_tokens)
 
@@ -403,9 +402,9 @@ class ScoringService:
         fresh = self._decoded(data)
         agrees = np.array_equal(known.patches, fresh.patches)
         self._pixel_audit.record(agrees=agrees)
-        self._pixel_cache.put(name, fresh)
         if not agrees:
             self._correct(known, fresh)
+        self._pixel_cache.put(name, fresh)
         return fresh
 
     def _decoded(self, data: bytes) -> EncodedImage:

@@ -263,6 +263,11 @@ def test_a_place_for_a_plot_is_looked_at_and_left_as_it_was(tmp_path: Path) -> N
     check_plot(tmp_path / "new.png")
     assert there.read_bytes() == b"an older picture"
     assert not (tmp_path / "new.png").exists()
+    link = tmp_path / "link.png"
+    link.symlink_to(tmp_path / "elsewhere.png")
+    check_plot(link)
+    assert link.is_symlink()
+    assert not link.exists()
 
 
 def test_what_was_measured_is_printed_before_it_is_drawn(report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -593,6 +593,11 @@ def test_one_wrong_token_of_hundreds_does_not_agree_but_the_last_bit_of_all_does
     found = (own + 300).clone()
     found[17] = found[18]
     assert not agree(own + 300, found, exact=False)
+    large = own.clone()
+    large[0] *= 1000  # as the first token's in models that rest their attention there
+    found = large.bfloat16()
+    found[17] = 0.0
+    assert not agree(large.bfloat16(), found, exact=False)
 
 
 # Deterministic

@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import random
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -565,6 +566,19 @@ def test_a_wrong_score_is_counted_and_replaced(caplog: pytest.LogCaptureFixture,
 
 
 @both
+def test_a_kept_prefix_of_other_ids_casts_doubt_on_all(deterministic: bool) -> None:
+    here, asked = world(deterministic=deterministic), group("cat", "ab", ["x", "yy"])
+    here.score(asked)
+    for key, prefix in list(here.prefixes.kept.items()):
+        here.prefixes.put(key, replace(prefix, ids=prefix.ids + 1))
+    for key in list(here.scores.kept):
+        here.scores.put(key, 5.0)
+    more = group("cat", "ab", ["x", "yy", "new"])
+    assert values(here.score(more)) == [wanted(more)]
+    assert here.audits("prefixes") == (1, 1) if not deterministic else here.audits("prefixes")[1] >= 1
+
+
+@both
 def test_one_wrong_score_casts_doubt_on_all(deterministic: bool) -> None:
     here, asked = world(deterministic=deterministic, audit_every=2), group("cat", "ab", ["x", "yy"])
     here.score(asked)
@@ -861,15 +875,39 @@ def test_what_was_encoded_with_a_wrong_picture_gets_the_right_one(deterministic:
     assert [values(here.score(each)) for each in later] == [[wanted(each)] for each in later]
 
 
-def test_another_picture_of_the_same_id_is_left_alone() -> None:
-    """Only what was encoded with the very pixels that were found wrong is changed, and the last sixteen are known."""
+@both
+def test_nothing_is_kept_of_a_batch_behind_a_prefix_of_wrong_pixels(deterministic: bool) -> None:
+    """It has the right ones itself, and runs while the others are found wrong."""
+    here, asked = world(deterministic=deterministic), group("cat", "ab", ["x"])
+    encoded, wrong, right = gone_wrong(asked)
+    here.score(encoded)
+    here.backend.meanwhile = lambda: here.scorer.correct(wrong, right)
+    later = group("cat", "ab", ["y"])
+    assert [values(here.score(later)) for _ in range(2)] == [[wanted(later)]] * 2
+    assert values(here.score(asked)) == [wanted(asked)]
+
+
+def test_what_a_batch_keeps_after_all_was_forgotten_is_found_by_nobody() -> None:
+    here, asked = world(), group("cat", "ab", ["x"])
+    encoded, _, _ = gone_wrong(asked)
+    ready = here.scorer.prepare([encoded])
+    keys = {key for part in ready.parts for key in (part.key, part.image_key, *part.score_keys)}
+    here.scorer.forget()
+    assert keys.isdisjoint(key for part in here.scorer.prepare([asked]).parts for key in (part.key, part.image_key, *part.score_keys))
+
+
+def test_only_what_was_encoded_with_the_wrong_pixels_is_changed_as_long_as_they_are_there() -> None:
     here, asked = world(), group("cat", "ab", ["x"])
     encoded, wrong, right = gone_wrong(asked)
-    for _ in range(16):
-        here.scorer.correct(replace(wrong), right)
+    here.scorer.correct(replace(wrong), right)  # gone at once
     assert values(here.score(encoded)) != [wanted(asked)]
     here.scorer.correct(wrong, right)
     assert values(here.score(encoded)) == [wanted(asked)]
+    alive = weakref.ref(wrong)
+    here.backend.forwards.clear()
+    del encoded, wrong
+    assert values(here.score(asked)) == [wanted(asked)]
+    assert alive() is None
 
 
 class Fleeting:

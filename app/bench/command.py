@@ -81,11 +81,13 @@ class Options:
 
 def bench(options: Options, geometries: dict[str, Geometry] | None = None) -> int:
     """Measure, print, and return the exit code."""
+    max_captions = bench_settings(options.artifact or _ANY_MODEL, options.dtype).max_captions
     sizes = read_numbers("--groups", _GROUPS if options.groups is None else options.groups)
+    if options.groups is None:
+        sizes = tuple(size for size in sizes if size <= max_captions)
     levels = read_numbers("--concurrency", _CONCURRENCY if options.concurrency is None else options.concurrency, none=True)
     if options.plot is not None:
         check_plot(options.plot)
-    max_captions = bench_settings(options.artifact or _ANY_MODEL, options.dtype).max_captions
     if not options.noise and max(sizes) > max_captions:
         raise SettingsInvalid(f"--groups {max(sizes)}: a request has at most {max_captions} captions (PUNCHLINE_MAX_CAPTIONS)")
     with _progress() as (report, announce), _artifact(options, geometries or GEOMETRIES, report) as (model, name):

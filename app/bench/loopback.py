@@ -7,6 +7,7 @@ alone while he asks nothing over HTTP: there is no canary, which would use them 
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import threading
 import time
@@ -58,7 +59,7 @@ class Loopback:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that says when it answers, its collector of cycles as quiet as that of `punchline serve`."""
+    """uvicorn that says when it answers, its collector of cycles quiet until it ends; `punchline serve` lets it look now and then."""
 
     def __init__(self, config: uvicorn.Config, found: Future[Loopback], loopback: Loopback) -> None:
         super().__init__(config)
@@ -76,6 +77,7 @@ class _Server(uvicorn.Server):
             await super().serve(sockets)
         finally:
             self._undo()
+            gc.collect()
 
 
 @contextmanager

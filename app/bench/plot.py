@@ -19,11 +19,12 @@ def check_plot(path: Path) -> None:
         raise SettingsInvalid(f"--plot {path}: expected a name that ends in {' or '.join(_SUFFIXES)}")
     if not path.parent.is_dir():
         raise SettingsInvalid(f"--plot {path}: no folder {path.parent}")
-    was_there = path.exists()
+    target = path.resolve()  # of a link
+    was_there = target.exists()
     try:
-        path.open("ab").close()
+        target.open("ab").close()
         if not was_there:
-            path.unlink()
+            target.unlink()
     except OSError as error:
         raise SettingsInvalid(f"--plot {path}: cannot be written: {error.strerror or error}") from None
     if importlib.util.find_spec("matplotlib") is None:

@@ -510,7 +510,7 @@ def agreement(table: Table) -> Agreement:
         for ours, peer in zip(row["ours"].scores, row["peer"].scores, strict=True)
     ]
     pairs = [
-        (ours[first] < ours[second]) == (peer[first] < peer[second])
+        np.sign(ours[first] - ours[second]) == np.sign(peer[first] - peer[second])
         for ours, peer in groups
         for first, second in itertools.combinations(range(len(ours)), 2)
     ]

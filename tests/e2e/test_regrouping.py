@@ -6,7 +6,6 @@ import asyncio
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import httpx
 import numpy as np
@@ -19,12 +18,11 @@ from app.encoding import load_encoder
 from app.images import decode_image
 from app.model import load_model
 from app.scoring import score_plain
-from tests.e2e.server import started
+from tests.e2e.server import Server, started
 from tests.tiny import LIMITS
 
 CAPTIONS = tuple(f"Caption number {number} says what the other {number % 7} do not." for number in range(64))
 MAX_COST = 1.15  # of one group of 64
-MAX_BATCHES = 16  # of 64 requests: who comes while a batch runs waits for the next
 
 
 def picture(seed: int) -> bytes:
@@ -42,47 +40,23 @@ async def post(client: httpx.AsyncClient, image: bytes, captions: tuple[str, ...
 
 
 async def computed(client: httpx.AsyncClient) -> float:
-    return await counted(client, r'reward_tokens_total\{kind="computed",model="[^"]*"\}')
-
-
-async def num_batches(client: httpx.AsyncClient) -> float:
-    return await counted(client, r'reward_batches_total\{outcome="ok"\}')
-
-
-async def counted(client: httpx.AsyncClient, name: str) -> float:
-    found = re.search(rf"^{name} (\S+)$", (await client.get("/metrics")).text, re.MULTILINE)
+    found = re.search(r'^reward_tokens_total\{kind="computed",model="[^"]*"\} (\S+)$', (await client.get("/metrics")).text, re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Of one group of 64, and of 64 requests of one caption; in batches the latter."""
-
-    group: float
-    singles: float
-    num_batches: float
-    scores: list[float]
-
-
-async def cost_of_a_group_and_of_singles(url: str) -> Cost:
+async def cost_of_a_group_and_of_singles(url: str) -> tuple[float, float, list[float]]:
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=64)) as client:
         before = await computed(client)
         await post(client, picture(1), CAPTIONS)
-        between, batches = await computed(client), await num_batches(client)
+        between = await computed(client)
         scores = await asyncio.gather(*(post(client, picture(2), (caption,)) for caption in CAPTIONS))
-        after, batches = await computed(client), await num_batches(client) - batches
-    return Cost(between - before, after - between, batches, [score for own in scores for score in own])
+        after = await computed(client)
+    return between - before, after - between, [score for own in scores for score in own]
 
 
-@pytest.mark.parametrize("flags", [(), ("--prefix-cache-bytes", "0")], ids=["as usual", "no prefix is kept"])
-def test_64_requests_of_one_caption_of_a_new_image_cost_about_a_group_of_64(flags: tuple[str, ...]) -> None:
-    """Put together, and not only saved by what is kept: in a few batches."""
-    with started(*flags, "--canary-s", "0") as server:
-        cost = asyncio.run(cost_of_a_group_and_of_singles(server.url))
-    assert cost.num_batches <= MAX_BATCHES
-    if not flags:
-        assert cost.singles <= MAX_COST * cost.group
-    scores = cost.scores
+def test_64_requests_of_one_caption_of_a_new_image_cost_about_a_group_of_64(server: Server) -> None:
+    group, singles, scores = asyncio.run(cost_of_a_group_and_of_singles(server.url))
+    assert singles <= MAX_COST * group
     expected = plain_scores(picture(2))
     assert scores == pytest.approx(expected, abs=1e-4)
 
