@@ -62,7 +62,8 @@ function noteOf(area) {
 
 function fieldOf(fault, fields) {
   if (fault.index !== null) return fields[fault.index] ?? null;
-  return { image: byId("file"), prompt: byId("prompt"), key: byId("key") }[fault.field] ?? null;
+  const [a, b] = fields; // of a pair, whose captions have names instead of places in a list
+  return { a, b, image: byId("file"), prompt: byId("prompt"), key: byId("key") }[fault.field] ?? null;
 }
 
 function placeOf(fault, area) {
