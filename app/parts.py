@@ -1,7 +1,7 @@
 """What is distinct in a batch: rows of one image and prompt stand together, each once, and each caption knows where its score will be.
 
-The order is the content's own, so that the same captions give the same bits whichever is named first. A pure function of groups; keys
-are content: SHA-256 of the image, digest of the prompt, token ids.
+The order is the content's own, so that the same captions give the same bits whichever is named first. Keys are content: SHA-256 of the
+image, digest of the prompt, token ids. What was encoded with a picture that turned out to be wrong gets the right one.
 """
 
 from __future__ import annotations

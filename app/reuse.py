@@ -1,7 +1,8 @@
 """What earlier work is good for: equal rows computed once, known prefixes, pictures and scores not computed again.
 
-Implements `Scorer` over a `Backend`; knows neither torch nor HTTP. Keys are content: fingerprint, SHA-256 of the image, token ids;
-a client's own names appear nowhere. Every so many hits one is computed all the same and compared.
+Implements `Scorer` over a `Backend`; knows neither torch nor HTTP. Keys are content: fingerprint, SHA-256 of the image, token ids,
+and how often something was found wrong before; a client's own names appear nowhere. Every so many hits one is computed all the same
+and compared.
 """
 
 from __future__ import annotations

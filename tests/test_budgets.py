@@ -69,6 +69,11 @@ def test_too_little_for_one_caption_stops_the_start(changes: dict[str, Any]) -> 
     assert "-" not in str(caught.value)
 
 
+def test_a_cache_that_takes_all_is_named() -> None:
+    with pytest.raises(SettingsInvalid, match=r"its other caches, less PUNCHLINE_PREFIX_CACHE_BYTES=8500000: room for"):
+        shared(left_bytes=10_000_000, prefix_cache_bytes=8_500_000)
+
+
 def test_the_very_least_is_enough() -> None:
     assert shared(10_000_000, min_batch_tokens=4500).max_batch_tokens == 4500
     assert (

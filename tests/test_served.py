@@ -139,6 +139,15 @@ async def test_one_base_is_in_memory_once(roots: dict[str, Path]) -> None:
         assert [model.loaded.lora for model in served.runtime.models.values()] == ["unmerged", "unmerged", "none"]
 
 
+async def test_a_stored_picture_counts_more_than_its_bytes(roots: dict[str, Path]) -> None:
+    """Or tiny ones, whose key and place are the most of them, would take many times what the store may hold."""
+    async with serving(roots) as served:
+        before = served.counted("reward_cache_bytes", "", cache="images")
+        await served.score("humor", CAPTIONS, PICTURES[1])
+        grown = served.counted("reward_cache_bytes", "", cache="images") - before
+        assert grown == len(base64.b64decode(PICTURES[1])) + 400
+
+
 async def test_what_is_known_of_one_model_is_unknown_to_the_other(roots: dict[str, Path]) -> None:
     """The same picture, prompt and captions: everything is computed once for each model, and only then known."""
     caches = ("scores", "prefixes", "features", "pixels")
